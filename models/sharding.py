@@ -1,0 +1,55 @@
+"""The device mesh and where every dimension of an array lives on it.
+
+There is always a mesh, 1x1 on a laptop, with two axes: the batch is cut over `data`; heads, MLP neurons and SAE latents are
+cut over `model`; all other dimensions stay whole. The mesh is ambient: commands call `jax.set_mesh(make_mesh(...))` once.
+"""
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+AXES = {'batch': 'data', 'head': 'model', 'neuron': 'model', 'latent': 'model'}
+
+
+def make_mesh(data: int = 1, model: int = 1) -> jax.sharding.Mesh:
+  """Returns a mesh of data x model devices.
+
+  The axis types are Auto: under JAX's default, Explicit, gather, top_k, sort and scatter raise on sharded inputs.
+
+  Raises:
+    ValueError: there are fewer devices than data * model.
+  """
+  if data < 1 or model < 1 or data * model > jax.device_count():
+    raise ValueError(
+      f'a mesh of {data}x{model} needs {data * model} devices and there are {jax.device_count()}; choose a smaller mesh '
+      '(on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N pretends to have N devices)'
+    )
+  devices = jax.devices()[: data * model]
+  return jax.make_mesh((data, model), ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2, devices=devices)
+
+
+def spec(dims: str) -> PartitionSpec:
+  """Returns the PartitionSpec of an array with these dimensions, for example 'batch token latent'."""
+  return PartitionSpec(*(AXES.get(dim) for dim in dims.split()))
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+  """Fixes the sharding of x by its dimensions; only inside `jax.jit`, on the ambient mesh."""
+  return jax.lax.with_sharding_constraint(x, spec(dims))
+
+
+def place(x, dims: str) -> jax.Array:
+  """Puts a host array onto the ambient mesh by its dimensions."""
+  return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(dims)))
+
+
+def check_divides(name: str, size: int, axis: str):
+  """Raises unless the mesh axis divides the size: a sharding that does not divide is silently dropped inside jit.
+
+  Raises:
+    ValueError: it does not divide.
+  """
+  n_shards = jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+  if size % n_shards:
+    raise ValueError(
+      f'{name} {size} is not divisible by the {axis} axis {n_shards}; choose a multiple or shrink the axis'
+    )

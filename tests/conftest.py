@@ -1,0 +1,18 @@
+"""Eight pretend CPU devices, and the meshes that tests run on."""
+
+import os
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+from models import sharding
+
+
+@pytest.fixture(params=[(1, 1), (2, 2)], ids=['1x1', '2x2'])
+def mesh(request):
+  """The test runs on one device and on a 2x2 mesh; the mesh is ambient."""
+  with jax.set_mesh(sharding.make_mesh(*request.param)) as mesh:
+    yield mesh
