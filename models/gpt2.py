@@ -1,7 +1,8 @@
 """GPT-2 in Flax, with every site tapped once (Radford et al. 2019; the layout of the released checkpoints).
 
-Takes tokens_bt and a tap, gives logits_btv. Parameters and sites share one namespace: the site `h.5.mlp.post_act` is what the
-parameter `h.5.mlp.c_proj.kernel` multiplies. Attention kernels keep their head axis, so that heads shard over `model`.
+Takes tokens_bt and a tap, gives logits_btv. Parameters and sites share one namespace: the site `h.5.mlp.post_act` is
+what the parameter `h.5.mlp.c_proj.kernel` multiplies. Attention kernels keep their head axis, so that heads shard over
+`model`.
 """
 
 import dataclasses
@@ -157,5 +158,8 @@ class GPT2(nnx.Module):
     return tap('logits', jnp.einsum('btd,vd->btv', x_btd, self.wte.embedding[...]), 'batch token vocab')
 
   def promoted_logits(self, write_nd: jax.Array) -> jax.Array:
-    """Returns logits_nv: what each write vector adds to every token's logit, up to the final norm's scale (the logit lens)."""
+    """Returns logits_nv: what each write vector adds to every token's logit, up to the final norm's scale.
+
+    This is the logit lens on a direction: the final norm's gain is applied, its scale is not.
+    """
     return jnp.einsum('nd,vd->nv', write_nd * self.ln_f.gain[...], self.wte.embedding[...])

@@ -1,7 +1,8 @@
 """The device mesh and where every dimension of an array lives on it.
 
-There is always a mesh, 1x1 on a laptop, with two axes: the batch is cut over `data`; heads, MLP neurons and SAE latents are
-cut over `model`; all other dimensions stay whole. The mesh is ambient: commands call `jax.set_mesh(make_mesh(...))` once.
+There is always a mesh, 1x1 on a laptop, with two axes: the batch is cut over `data`; heads, MLP neurons and SAE latents
+are cut over `model`; all other dimensions stay whole. The mesh is ambient: commands call
+`jax.set_mesh(make_mesh(...))` once.
 """
 
 import jax
@@ -20,8 +21,8 @@ def make_mesh(data: int = 1, model: int = 1) -> jax.sharding.Mesh:
   """
   if data < 1 or model < 1 or data * model > jax.device_count():
     raise ValueError(
-      f'a mesh of {data}x{model} needs {data * model} devices and there are {jax.device_count()}; choose a smaller mesh '
-      '(on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N pretends to have N devices)'
+      f'a mesh of {data}x{model} needs {data * model} devices and there are {jax.device_count()}; choose a smaller '
+      'mesh (on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N pretends to have N devices)'
     )
   devices = jax.devices()[: data * model]
   return jax.make_mesh((data, model), ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2, devices=devices)

@@ -1,8 +1,8 @@
 """Sites, edits, probes and captures: how everything else reads and changes a forward pass.
 
-A model passes every named activation (a site) through a `Tap`, which shards it, applies the edits that match, adds the probe
-that is differentiated, and captures it, always in that order. Because the probe comes after the edits, `stop` at a site lets
-the site's own gradient through while it cuts every path that enters the site from upstream.
+A model passes every named activation (a site) through a `Tap`, which shards it, applies the edits that match, adds the
+probe that is differentiated, and captures it, always in that order. Because the probe comes after the edits, `stop` at
+a site lets the site's own gradient through while it cuts every path that enters the site from upstream.
 """
 
 import dataclasses
@@ -67,8 +67,8 @@ def steer(site: str, vector) -> Edit:
 def splice(site: str, sae) -> Edit:
   """Returns an edit that reads and writes the site through an SAE's latents, its error kept as a constant.
 
-  It changes no logit; it adds the sites `<site>.latents` and `<site>.error`. The SAE has `encode(x_btd) -> latents_btl, norm`
-  and `decode(latents_btl, norm) -> x_btd`.
+  It changes no logit; it adds the sites `<site>.latents` and `<site>.error`. The SAE has
+  `encode(x_btd) -> latents_btl, norm` and `decode(latents_btl, norm) -> x_btd`.
   """
   return Edit(site, _splice, (sae,))
 
@@ -136,7 +136,9 @@ def forward(
   return logits_btv, tap.acts
 
 
-def site_shapes(model, tokens_bt, sites: tuple[str, ...], edits: Sequence[Edit] = ()) -> dict[str, jax.ShapeDtypeStruct]:
+def site_shapes(
+  model, tokens_bt, sites: tuple[str, ...], edits: Sequence[Edit] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns {site: shape and dtype} of the sites that match, without computing anything; raises as `forward` does."""
   return jax.eval_shape(functools.partial(forward, capture=tuple(sites)), model, tokens_bt, edits)[1]
 
@@ -144,10 +146,11 @@ def site_shapes(model, tokens_bt, sites: tuple[str, ...], edits: Sequence[Edit] 
 def acts_and_grads(
   model, tokens_bt: jax.Array, objective: Callable, sites: tuple[str, ...], edits: Sequence[Edit] = ()
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-  """Returns objective(logits_btv, acts), the activations and its gradients at the sites, by one forward and one backward pass.
+  """Returns objective(logits_btv, acts), the activations and its gradients at the sites.
 
-  `grads[site]` is taken after the edits at that site. The estimated total effect of a node is acts[site] * grads[site], summed
-  over its channels; the same with `stop` edits on all later nodes is its direct effect.
+  It takes one forward and one backward pass; `grads[site]` is taken after the edits at that site. The estimated total
+  effect of a node is acts[site] * grads[site], summed over its channels; the same with `stop` edits on all later nodes
+  is its direct effect.
   """
 
   def run(probes):

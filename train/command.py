@@ -1,0 +1,212 @@
+"""What every command shares: flags, the mesh, one clear sentence for bad input, stopping, progress, and stage folders.
+
+A stage is `run(config, workdir)`: it takes what the stage before left under the workdir and leaves its own folder
+there, with the settings it was made with (config.json) and, once whole, an empty file DONE.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jax_interp import text
+from models import pretrained, sharding
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', 'configs/tiny.py', 'A file of configs/; --config.sae.k=16 overrides.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/tiny', 'Where artefacts are read and left.')
+_TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where an error was raised, not only what it says.')
+
+TRAINED = 'trained'
+_stop = threading.Event()
+
+
+class Stopped(Exception):
+  """A command was asked to stop, saved its work and says how to go on."""
+
+
+def stopping() -> bool:
+  """Returns whether SIGTERM or SIGINT has arrived; long loops ask between units of work, save, and raise `Stopped`."""
+  return _stop.is_set()
+
+
+def main(run: Callable[[ml_collections.ConfigDict, pathlib.Path], None]):
+  """Runs a stage as a command: exits 0 when done or stopped with its work saved, 1 on bad input, which it names."""
+  app.run(lambda argv: sys.exit(_main(run, argv)), flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    sys.exit(f'error: {_sentence(e)}')
+
+
+def _main(run, argv) -> int:
+  if len(argv) > 1:
+    print(
+      f'error: unexpected arguments {argv[1:]}; flags are --config, --config.FIELD=VALUE and --workdir', file=sys.stderr
+    )
+    return 1
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: _stop.set())
+  logging.set_verbosity(logging.WARNING)
+  config = _CONFIG.value
+  try:
+    jax.set_mesh(sharding.make_mesh(**config.mesh))
+    run(config, pathlib.Path(_WORKDIR.value))
+  except Stopped as e:
+    print(f'stopped: {e}', file=sys.stderr)
+  except (ValueError, KeyError, OSError) as e:
+    if _TRACEBACK.value:
+      traceback.print_exc()
+    print(f'error: {_sentence(e)}', file=sys.stderr)
+    return 1
+  return 0
+
+
+def _sentence(e: Exception) -> str:
+  if isinstance(e, OSError) and e.errno == 28:
+    return f'no space left on the device ({e.filename or "while writing"}); make room and run the same command again'
+  return str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+
+
+def progress(iterable: Iterable | None, total: int, desc: str, unit: str, initial: int = 0, scale: float = 1):
+  """Returns a tqdm bar with rate and time left; `.set_postfix(loss=...)` adds the number that matters.
+
+  Args:
+    iterable: what to go through, or None to call `.update(n)`.
+    total: how many units there are, `initial` of them done before.
+    desc: the stage.
+    unit: such as 'tokens'.
+    scale: units an item stands for, such as the tokens of a batch.
+  """
+  interval = 0.2 if sys.stderr.isatty() else 10  # a log file wants a line now and then
+  return tqdm.tqdm(
+    iterable,
+    desc,
+    total,
+    unit=f' {unit}',
+    initial=initial,
+    unit_scale=scale if scale != 1 else True,
+    mininterval=interval,
+  )
+
+
+def _plain(settings):
+  """Returns settings as JSON gives them back: dicts, lists, numbers, strings."""
+  if isinstance(settings, ml_collections.ConfigDict):
+    settings = settings.to_dict()
+  return json.loads(json.dumps(settings, default=lambda value: value.to_dict()))
+
+
+def _first_difference(ours: Mapping, theirs: Mapping, prefix: str = '') -> str | None:
+  for key in sorted({*ours, *theirs}):
+    a, b = ours.get(key), theirs.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      if found := _first_difference(a, b, f'{prefix}{key}.'):
+        return found
+    elif a != b:
+      return f'{prefix}{key} is {b!r} there and {a!r} now'
+  return None
+
+
+def claim(folder: pathlib.Path, settings: Mapping) -> bool:
+  """Makes a stage's folder for these settings, or finds it; returns whether the stage is already done.
+
+  Args:
+    folder: the stage's folder.
+    settings: all that the result depends on: values, dicts, ConfigDicts.
+
+  Raises:
+    ValueError: the folder was made with other settings; the message names the first that differs.
+  """
+  path, settings = folder / 'config.json', _plain(settings)
+  if path.is_file():
+    if difference := _first_difference(settings, json.loads(path.read_text('utf-8'))):
+      raise ValueError(
+        f'{folder} was made with another config: {difference}; choose another --workdir, or delete {folder} to make it '
+        'anew'
+      )
+  else:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(settings, indent=2).encode())
+  if done := (folder / 'DONE').exists():
+    print(f'{folder} is done already')
+  return done
+
+
+def finish(folder: pathlib.Path):
+  """Marks a stage as whole."""
+  _write(folder / 'DONE', b'')
+
+
+def _write(path: pathlib.Path, content: bytes):
+  partial = path.with_name(path.name + '.partial')
+  partial.write_bytes(content)
+  os.replace(partial, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """The model under study: `source` is what `models.pretrained` loads it from, `fingerprint` a hash of its weights."""
+
+  model: object
+  tokenizer: object
+  source: str
+  fingerprint: str
+
+
+def subject_source(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
+  """Returns what the subject model is loaded from: config.model.source, where 'trained' is what train.lm left."""
+  return str(workdir / 'lm' / 'model') if config.model.source == TRAINED else config.model.source
+
+
+def subject(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Subject:
+  """Loads the subject model and its tokenizer onto the ambient mesh."""
+  source = subject_source(config, workdir)
+  return Subject(
+    pretrained.load_model(source), pretrained.load_tokenizer(source), source, pretrained.fingerprint(source)
+  )
+
+
+def windows(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, tokenizer, split: str, n_tokens: int | None = None
+) -> np.ndarray:
+  """Returns int32 [example, token] of a split, memory-mapped from workdir/text, where the first call writes it.
+
+  The file's name holds a hash of everything it depends on but the text itself: the text is read once a workdir, so
+  that all stages see the same, whatever is installed later.
+
+  Args:
+    config: reads config.text.source and config.text.window.
+    workdir: where text/ is.
+    tokenizer: of the subject model.
+    split: 'train' or 'held_out'.
+    n_tokens: the length of a window, config.text.window by default.
+  """
+  n_tokens = n_tokens or config.text.window
+  vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
+  key = hashlib.sha256(f'{config.text.source}|{n_tokens}|{vocab}'.encode()).hexdigest()[:12]
+  path = workdir / 'text' / f'{split}_{n_tokens}_{key}.npy'
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokens = text.windows(text.documents(config.text.source, split), tokenizer, n_tokens)
+    partial = path.with_suffix('.partial.npy')
+    np.save(partial, tokens)
+    os.replace(partial, path)
+  return np.load(path, mmap_mode='r')

@@ -1,0 +1,188 @@
+"""Trains a small GPT-2 on the config's text: its own byte-level BPE, AdamW, a cosine schedule.
+
+Leaves workdir/lm/model (a folder that `models.pretrained` and `transformers` load) and workdir/lm/evaluation.json: the
+held-out loss beside a bigram baseline's, and how much better repeated text is predicted the second time. The config's
+other stages use it when config.model.source is 'trained'.
+"""
+
+import functools
+import json
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+from flax import nnx
+
+from jax_interp import store, text
+from models import gpt2, pretrained, sharding, sites
+from train import command
+
+BIGRAM_ADDED = 1.0  # pseudo-counts spread over the vocabulary by the unigram distribution
+EVAL_BATCH = 32
+EVAL_EXAMPLES = 8 * EVAL_BATCH  # for the held-out loss during training
+
+
+class TrainState(NamedTuple):
+  model: gpt2.GPT2
+  opt: optax.OptState
+  step: jax.Array
+
+
+def train_tokenizer(texts, n_vocab: int) -> tokenizers.Tokenizer:
+  """Returns a byte-level BPE of n_vocab tokens, the end-of-text token among them, trained on the texts."""
+  bpe = tokenizers.ByteLevelBPETokenizer()
+  bpe.train_from_iterator(texts, n_vocab, min_frequency=2, special_tokens=[pretrained.END_OF_TEXT], show_progress=False)
+  return bpe._tokenizer
+
+
+def next_token_losses(model: gpt2.GPT2, tokens_bt: jax.Array) -> jax.Array:
+  """Returns the cross-entropy in nats of every token but the first, [batch, token - 1]."""
+  logits_btv, _ = sites.forward(model, tokens_bt)
+  return optax.softmax_cross_entropy_with_integer_labels(logits_btv[:, :-1].astype(jnp.float32), tokens_bt[:, 1:])
+
+
+_losses = jax.jit(next_token_losses)
+
+
+def optimizer(learning_rate, warmup_steps, steps, weight_decay) -> optax.GradientTransformation:
+  """Returns AdamW with warm-up and a cosine to a tenth; only matrices decay."""
+  schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, warmup_steps, steps, learning_rate / 10)
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(
+      schedule, b2=0.95, weight_decay=weight_decay, mask=lambda model: jax.tree.map(lambda x: x.ndim > 1, model)
+    ),
+  )
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames='tx')
+def train_steps(state: TrainState, tokens_sbt: jax.Array, tx) -> tuple[TrainState, jax.Array]:
+  """Takes one step on each of several batches in one dispatch; returns the new state and the loss of each, in nats."""
+
+  def step(state, tokens_bt):
+    loss, grads = jax.value_and_grad(lambda model: next_token_losses(model, tokens_bt).mean())(state.model)
+    updates, opt = tx.update(grads, state.opt, state.model)
+    return TrainState(optax.apply_updates(state.model, updates), opt, state.step + 1), loss
+
+  return jax.lax.scan(step, state, tokens_sbt)
+
+
+def batch(tokens_et: np.ndarray, seed: int, step: int, batch_size: int) -> np.ndarray:
+  """Returns the tokens_bt of a step, a pure function of seed and step.
+
+  An epoch goes through the text once, cut into windows at an offset of its own and in an order of its own.
+  """
+  n_examples, n_tokens = tokens_et.shape
+  epoch, index = divmod(step, (n_examples - 1) // batch_size)
+  rng = np.random.default_rng([seed, epoch])
+  offset, order = rng.integers(n_tokens), rng.permutation(n_examples - 1)
+  starts = np.sort(order[index * batch_size :][:batch_size]) * n_tokens + offset
+  return tokens_et.reshape(-1)[starts[:, None] + np.arange(n_tokens)]
+
+
+def bigram_loss(train_et: np.ndarray, held_out_et: np.ndarray, n_vocab: int) -> float:
+  """Returns the held-out cross-entropy in nats a token of an add-lambda bigram model that backs off to unigrams."""
+  unigram_v = np.bincount(train_et.ravel(), minlength=n_vocab) + 1.0
+  unigram_v /= unigram_v.sum()
+  pairs = np.bincount((train_et[:, :-1].astype(np.int64) * n_vocab + train_et[:, 1:]).ravel(), minlength=n_vocab**2)
+  counts_vv = pairs.reshape(n_vocab, n_vocab)
+  previous, following = held_out_et[:, :-1].ravel(), held_out_et[:, 1:].ravel()
+  probs = (counts_vv[previous, following] + BIGRAM_ADDED * unigram_v[following]) / (
+    counts_vv.sum(1)[previous] + BIGRAM_ADDED
+  )
+  return float(-np.log(probs).mean())
+
+
+def mean_loss(model: gpt2.GPT2, tokens_et: np.ndarray) -> float:
+  """Returns the mean cross-entropy in nats a predicted token over windows, a multiple of EVAL_BATCH of them."""
+  batches = np.asarray(tokens_et).reshape(-1, EVAL_BATCH, tokens_et.shape[1])
+  return float(np.mean([_losses(model, sharding.place(tokens_bt, 'batch token')).mean() for tokens_bt in batches]))
+
+
+def evaluate(model: gpt2.GPT2, tokenizer, train_et: np.ndarray, held_out_et: np.ndarray) -> dict[str, float]:
+  """Returns the numbers that say whether this is a language model worth explaining, on held-out windows.
+
+  `repeated_first` and `repeated_second` are the losses in nats a token on half a window and on the same half straight
+  after it; their difference is what the model gains from having read the text once (induction; Olsson et al. 2022).
+  """
+  evaluated_et = np.asarray(held_out_et[: len(held_out_et) // EVAL_BATCH * EVAL_BATCH])
+  half_et = evaluated_et[:, : evaluated_et.shape[1] // 2]
+  twice = [
+    _losses(model, sharding.place(np.tile(half_bt, 2), 'batch token'))
+    for half_bt in half_et.reshape(-1, EVAL_BATCH, half_et.shape[1])
+  ]
+  twice_et = np.concatenate(twice)
+  n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(evaluated_et[:, 1:]))
+  bits_per_byte = evaluated_et[:, 1:].size / n_bytes / np.log(2)  # a nat a token in bits a byte
+  loss, bigram = mean_loss(model, evaluated_et), bigram_loss(train_et, evaluated_et, model.config.n_vocab)
+  return {
+    'held_out_loss': loss,
+    'held_out_bits_per_byte': loss * bits_per_byte,
+    'bigram_loss': bigram,
+    'bigram_bits_per_byte': bigram * bits_per_byte,
+    'repeated_first': float(twice_et[:, : half_et.shape[1] - 1].mean()),
+    'repeated_second': float(twice_et[:, half_et.shape[1] :].mean()),
+  }
+
+
+def run(config, workdir):
+  """Trains the model, or resumes; says so and returns when it is there, or when the config takes another model."""
+  if config.model.source != command.TRAINED:
+    print(f'the subject model is {config.model.source!r}: nothing to train')
+    return
+  folder = workdir / 'lm'
+  if command.claim(folder, {'lm': config.lm, 'text': config.text.source, 'seed': config.seed}):
+    return
+  lm = config.lm
+  model_config = gpt2.GPT2Config(lm.n_layer, lm.n_head, lm.d_model, lm.n_ctx, lm.n_vocab)
+  if not (folder / 'model' / 'tokenizer.json').exists():
+    (folder / 'model').mkdir(exist_ok=True)
+    train_tokenizer(text.documents(config.text.source, 'train'), lm.n_vocab).save(str(folder / 'model/tokenizer.json'))
+  tokenizer = pretrained.load_tokenizer(str(folder / 'model'))
+  train_et, held_out_et = (command.windows(config, workdir, tokenizer, split, lm.n_ctx) for split in text.SPLITS)
+  if len(train_et) < lm.batch_size:
+    raise ValueError(
+      f'the text has {len(train_et)} windows, fewer than lm.batch_size {lm.batch_size}; shrink the batch'
+    )
+  sharding.check_divides('lm.batch_size', lm.batch_size, 'data')
+  tx = optimizer(lm.learning_rate, lm.warmup_steps, lm.steps, lm.weight_decay)
+
+  def init() -> TrainState:
+    model = gpt2.GPT2(model_config, nnx.Rngs(config.seed))
+    return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32))
+
+  state = store.restore_or_init(folder / 'checkpoints', jax.jit(init))
+  metrics = store.MetricsLog(folder / 'metrics.jsonl', int(state.step))
+  bar = command.progress(None, lm.steps, 'train.lm', 'steps', initial=int(state.step))
+  started, first_step = time.time(), int(state.step)
+  for step in range(first_step, lm.steps, lm.steps_per_dispatch):
+    steps = range(step, min(step + lm.steps_per_dispatch, lm.steps))
+    tokens_sbt = np.stack([batch(train_et, config.seed, s, lm.batch_size) for s in steps])
+    state, losses = train_steps(state, sharding.place(tokens_sbt, 'step batch token'), tx)
+    done = steps[-1] + 1
+    tokens_per_s = (done - first_step) * lm.batch_size * lm.n_ctx / (time.time() - started)
+    numbers = {'step': done, 'loss': float(losses.mean()), 'tokens_per_s': tokens_per_s}
+    save = command.stopping() or done // lm.checkpoint_every > step // lm.checkpoint_every
+    if save:
+      numbers['held_out_loss'] = mean_loss(state.model, held_out_et[:EVAL_EXAMPLES])
+      store.save_checkpoint(folder / 'checkpoints', done, state)
+    metrics.write(numbers)
+    bar.update(len(steps))
+    bar.set_postfix(loss=f'{numbers["loss"]:.3f}', tokens_per_s=f'{tokens_per_s:.0f}')
+    if command.stopping() and done < lm.steps:
+      raise command.Stopped(f'step {done} of {lm.steps} is saved in {folder}; run the same command to go on')
+  bar.close()
+  pretrained.save_model(folder / 'model', state.model, jnp.bfloat16)
+  stored = pretrained.load_model(str(folder / 'model'))  # what is evaluated is what others will load
+  numbers = evaluate(stored, tokenizer, train_et, held_out_et)
+  store.write_json(folder / 'evaluation.json', numbers)
+  print(json.dumps(numbers, indent=2))
+  command.finish(folder)
+
+
+if __name__ == '__main__':
+  command.main(run)
