@@ -14,5 +14,6 @@ from models import sharding
 @pytest.fixture(params=[(1, 1), (2, 2)], ids=['1x1', '2x2'])
 def mesh(request):
   """The test runs on one device and on a 2x2 mesh; the mesh is ambient."""
-  with jax.set_mesh(sharding.make_mesh(*request.param)) as mesh:
+  mesh = sharding.make_mesh(*request.param)
+  with jax.set_mesh(mesh):
     yield mesh
