@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from jax_interp.explain import token_lookup
+from models import sharding
+
+pytestmark = pytest.mark.usefixtures('mesh')
+
+N_VOCAB, BATCH = 7, 2
+WINDOWS = np.random.default_rng(0).integers(0, N_VOCAB - 1, (6, 5), np.int32)  # the last token is never seen
+ACTS = np.random.default_rng(1).gamma(1.0, 1.0, (6, 5, 4)).astype(np.float32)
+EXCLUDED = np.array([[0, 3], [-1, -1], [5, 5], [2, -1]])
+STRINGS = [f' t{i}' for i in range(N_VOCAB)]
+
+
+def in_batches(acts):
+  for start in range(0, len(acts), BATCH):
+    yield start, sharding.place(acts[start : start + BATCH], 'batch token latent')
+
+
+def test_means_are_those_of_the_kept_windows():
+  mean_vc, count_vc = token_lookup.means(in_batches(ACTS), WINDOWS, EXCLUDED, N_VOCAB)
+  for c in range(4):
+    kept = [w for w in range(6) if w not in EXCLUDED[c]]
+    tokens, acts = WINDOWS[kept], ACTS[kept, :, c]
+    for v in range(N_VOCAB):
+      assert count_vc[v, c] == (tokens == v).sum()
+      expected = acts[tokens == v].mean() if (tokens == v).any() else acts.mean()
+      assert mean_vc[v, c] == pytest.approx(expected, rel=1e-5)
+
+
+def test_excluded_windows_have_no_influence_at_all():
+  changed = ACTS.copy()
+  for c, excluded in enumerate(EXCLUDED):
+    changed[excluded[excluded >= 0], :, c] = 1e6
+  before, _ = token_lookup.means(in_batches(ACTS), WINDOWS, EXCLUDED, N_VOCAB)
+  after, _ = token_lookup.means(in_batches(changed), WINDOWS, EXCLUDED, N_VOCAB)
+  np.testing.assert_array_equal(before, after)
+
+
+def test_text_names_the_tokens_of_largest_mean_and_simulation_looks_them_up():
+  mean_vc, _ = token_lookup.means(in_batches(ACTS), WINDOWS, EXCLUDED, N_VOCAB)
+  explanations = list(token_lookup.explain(in_batches(ACTS), WINDOWS, EXCLUDED, STRINGS, n_shown=2))
+  assert len(explanations) == 4
+  text, simulate = explanations[1]
+  first, second = np.argsort(-mean_vc[: N_VOCAB - 1, 1])[:2]
+  assert text == f"' t{first}', ' t{second}'"
+  np.testing.assert_array_equal(simulate([first, 6, 0]), mean_vc[[first, 6, 0], 1])
+
+
+def test_silent_component_names_no_tokens():
+  text, simulate = next(token_lookup.explain(in_batches(0 * ACTS), WINDOWS, EXCLUDED, STRINGS))
+  assert text == ''
+  assert not simulate(WINDOWS[0]).any()
