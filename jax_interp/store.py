@@ -1,0 +1,337 @@
+"""Artefacts on disk: activations (tensorstore), training state (orbax) and small text files, all written atomically.
+
+An activation store is a folder or bucket prefix with a zarr3 array for each site, `<site>/` [example, token, ...], one
+for the tokens, `tokens/` [example, token], and manifest.json: what they are of, and the commits of finished shards.
+"""
+
+import contextlib
+import errno
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+TOKENS = 'tokens'
+DTYPES = ('bfloat16', 'float32')
+_MANIFEST = 'manifest.json'
+_CHUNK_EXAMPLES = 4  # the least that is read at once: 0.8 MB for GPT-2 small in bfloat16
+# One context for the process: stores share a cache of shard indices, and memory:// URLs share their contents.
+_CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
+# What tensorstore reports for a file that is cut short or altered; anything else (network, permission) is not damage.
+_DAMAGE = ('DATA_LOSS', 'FAILED_PRECONDITION', 'OUT_OF_RANGE')
+
+
+@contextlib.contextmanager
+def _disk_space(where) -> Iterator[None]:
+  """Turns tensorstore's and orbax's ways of saying that the disk is full into the operating system's."""
+  try:
+    yield
+  except Exception as e:
+    if os.strerror(errno.ENOSPC) in str(e):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(where)) from e
+    raise
+
+
+class ActivationStore:
+  """Activations of one model on one list of token windows, in shards that are written whole or not at all.
+
+  Made by `create` and `open`. `where` is a local path or a URL: gs://bucket/prefix, s3://bucket/prefix, memory://prefix.
+  Several writers may share a store if they write different shards.
+  """
+
+  def __init__(self, where: str, kvstore: ts.KvStore, manifest: dict[str, Any]):
+    self.where, self._kvstore, self.manifest = where, kvstore, manifest
+    self.n_examples, self.n_tokens = manifest['n_examples'], manifest['n_tokens']
+    self.shard_examples = manifest['shard_examples']
+    shapes = {site: (manifest['dtype'], shape) for site, shape in manifest['sites'].items()}
+    opening = {name: self._array(name, *kind) for name, kind in {**shapes, TOKENS: ('int32', [])}.items()}
+    self._arrays = {name: array.result() for name, array in opening.items()}
+
+  def _array(self, name, dtype, shape):
+    plain = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
+    shape = [self.n_tokens, *shape]
+    sharding = {
+      'chunk_shape': [math.gcd(self.shard_examples, _CHUNK_EXAMPLES), *shape],
+      'codecs': plain,
+      'index_codecs': plain,
+    }
+    metadata = {
+      'shape': [self.n_examples, *shape],
+      'data_type': dtype,
+      # zarr reads a file that is not there as the fill value, so it is one that is never written: see `reader`.
+      'fill_value': -1 if name == TOKENS else 'NaN',
+      'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [self.shard_examples, *shape]}},
+      'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
+    }
+    spec = {'driver': 'zarr3', 'metadata': metadata}
+    return ts.open(spec, kvstore=self._kvstore / f'{name}/', open=True, create=True, context=_CONTEXT)
+
+  @classmethod
+  def create(
+    cls,
+    where: str | pathlib.Path,
+    sites: Mapping[str, tuple[int, ...]],
+    n_examples: int,
+    n_tokens: int,
+    shard_examples: int,
+    dtype: str,
+    **made_from: str,
+  ) -> 'ActivationStore':
+    """Makes a store, or opens the one that is there to go on with it.
+
+    Args:
+      where: a local path or a URL.
+      sites: {site: shape of its activation at one token}, such as (768,).
+      n_examples: windows in all.
+      n_tokens: tokens of a window.
+      shard_examples: windows of a shard, the unit that is written and resumed.
+      dtype: 'bfloat16' or 'float32'.
+      **made_from: fingerprints: model, tokenizer, dataset.
+
+    Raises:
+      ValueError: another store is there; the message says what differs.
+    """
+    if dtype not in DTYPES:
+      raise ValueError(f'activations are stored as one of {DTYPES}, not {dtype!r}')
+    manifest = {
+      **made_from,
+      'sites': {site: list(shape) for site, shape in sites.items()},
+      'n_examples': n_examples,
+      'n_tokens': n_tokens,
+      'shard_examples': shard_examples,
+      'dtype': dtype,
+    }
+    kvstore = _open_kvstore(where)
+    with _disk_space(where):
+      stored = kvstore.read(_MANIFEST).result()
+      if stored.state == 'missing':
+        content = json.dumps({**manifest, 'commits': []}).encode()
+        kvstore.write(_MANIFEST, content, if_equal=stored.stamp.generation).result()
+      return cls.open(where, **manifest)
+
+  @classmethod
+  def open(cls, where: str | pathlib.Path, **expected) -> 'ActivationStore':
+    """Opens a store.
+
+    Args:
+      where: a local path or a URL.
+      **expected: fields of the manifest that must be so, such as model=fingerprint.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: a field is otherwise.
+    """
+    kvstore = _open_kvstore(where)
+    stored = kvstore.read(_MANIFEST).result()
+    if stored.state != 'value':
+      raise FileNotFoundError(f'no activations at {where}; run train.capture first')
+    manifest = json.loads(stored.value)
+    for field, value in expected.items():
+      if manifest[field] != value:
+        raise ValueError(
+          f'the activations at {where} are of another {field}: {manifest[field]!r}, not {value!r}; choose another '
+          'place, or delete them'
+        )
+    return cls(str(where), kvstore, manifest)
+
+  @property
+  def n_shards(self) -> int:
+    return -(-self.n_examples // self.shard_examples)
+
+  def shard(self, index: int) -> slice:
+    """Returns the examples of a shard; the last may be shorter."""
+    start = index * self.shard_examples
+    return slice(start, min(start + self.shard_examples, self.n_examples))
+
+  def missing(self) -> list[int]:
+    """Returns the shards still to be written: not committed, or lost or cut short since.
+
+    Reads the index and one chunk of every committed shard; elsewhere, checksums tell of altered bytes on reading.
+    """
+    commits = self.manifest['commits']
+    firsts = [(shard, self._first(array, shard)) for shard in commits for array in self._arrays.values()]
+    damaged = {shard for shard, first in firsts if _is_damaged(first)}
+    return sorted(set(range(self.n_shards)) - set(commits) | damaged)
+
+  def _first(self, array, shard) -> ts.Future:
+    return array[(self.shard(shard).start, *[0] * (array.rank - 1))].read()
+
+  def write(self, shard: int, tokens_et: np.ndarray, acts: Mapping[str, np.ndarray]):
+    """Writes one shard and then commits it: until then, and after a crash in between, it counts as missing.
+
+    Args:
+      shard: its number.
+      tokens_et: int32 [example, token] of the shard.
+      acts: {site: [example, token, ...]}.
+
+    Raises:
+      ValueError: an activation is not finite, or not of the store's shape; nothing of the shard is committed.
+      OSError: no space is left; the shards written before stay.
+    """
+    for site, x in acts.items():
+      if not np.isfinite(x).all():
+        raise ValueError(
+          f'{site} has {np.sum(~np.isfinite(x))} activations in shard {shard} that are not finite; finished shards are '
+          'kept. Look at the weights of the model'
+        )
+    with _disk_space(self.where):
+      arrays = {TOKENS: tokens_et, **acts}
+      writes = [array[self.shard(shard)].write(arrays[name]) for name, array in self._arrays.items()]
+      for write in writes:
+        write.result()
+      self._commit(shard)
+
+  def _commit(self, shard):
+    while True:
+      stored = self._kvstore.read(_MANIFEST).result()
+      manifest = json.loads(stored.value)
+      manifest['commits'] = sorted({*manifest['commits'], shard})
+      content = json.dumps(manifest).encode()
+      # Only if nobody else has committed in between; the generation is empty where somebody has.
+      if self._kvstore.write(_MANIFEST, content, if_equal=stored.stamp.generation).result().generation:
+        self.manifest = manifest
+        return
+
+  def reader(self, site: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns `read(examples)`: int [n] in any order -> activations [n, token, ...] in the store's dtype.
+
+    The site `store.TOKENS` reads int32 tokens [n, token].
+
+    Raises:
+      ValueError: the site is not in the store; and from `read`, a shard is missing or damaged.
+    """
+    if site not in self._arrays:
+      raise ValueError(f'the activations at {self.where} are of {", ".join(self.manifest["sites"])}, not {site!r}')
+    return functools.partial(self._read, site)
+
+  def _read(self, site, examples):
+    try:
+      x = self._arrays[site][np.asarray(examples)].read().result()
+    except ValueError as e:
+      if not str(e).startswith(_DAMAGE):
+        raise
+      if len(examples) == 1:
+        raise self._damaged(site, examples[0]) from e
+      return np.concatenate([self._read(site, [example]) for example in examples])  # one of them says which it is
+    lost = _is_fill(x[(slice(None), *[0] * (x.ndim - 1))])
+    if lost.any():
+      raise self._damaged(site, examples[lost.argmax()])
+    return x
+
+  def _damaged(self, site, example):
+    shard = int(example) // self.shard_examples
+    file = '/'.join([site, 'c', str(shard), *['0'] * (self._arrays[site].rank - 1)])
+    return ValueError(
+      f'shard {shard} of {site} in {self.where} is missing or damaged; delete {file} there, if there is one, and run '
+      'train.capture again: it captures that shard anew'
+    )
+
+
+def _open_kvstore(where) -> ts.KvStore:
+  where = str(where)
+  local = {'driver': 'file', 'path': os.path.abspath(where) + '/'}
+  return ts.KvStore.open(where.rstrip('/') + '/' if '://' in where else local, context=_CONTEXT).result()
+
+
+def _is_fill(x: np.ndarray) -> np.ndarray:
+  return x == -1 if x.dtype == np.int32 else np.isnan(x)
+
+
+def _is_damaged(first: ts.Future) -> bool:
+  try:
+    return bool(_is_fill(first.result()))
+  except ValueError as e:
+    if not str(e).startswith(_DAMAGE):
+      raise
+    return True
+
+
+def save_checkpoint(folder: str | pathlib.Path, step: int, state: Any, keep: int = 2):
+  """Writes a training state as `folder/<step>`, whole or not at all, and deletes all but the last `keep`.
+
+  Args:
+    folder: a local path or a bucket's URL.
+    step: number of the checkpoint.
+    state: a pytree of arrays, sharded or not; typed random keys are arrays too.
+    keep: checkpoints left.
+
+  Raises:
+    OSError: no space is left; the checkpoints before stay.
+  """
+  with _disk_space(folder), _manager(folder, max_to_keep=keep) as manager:
+    manager.save(step, args=ocp.args.StandardSave(_by_path(state)))
+
+
+def restore_checkpoint(folder: str | pathlib.Path, abstract_state: Any, step: int | None = None) -> Any:
+  """Returns the state that `save_checkpoint` wrote, the last one by default, each array onto its sharding.
+
+  Args:
+    folder: as for `save_checkpoint`.
+    abstract_state: the state's pytree, of `jax.ShapeDtypeStruct` with shardings or of arrays.
+    step: number of the checkpoint.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it has other leaves or shapes.
+  """
+  with _manager(folder) as manager:
+    step = manager.latest_step() if step is None else step
+    if step is None:
+      raise FileNotFoundError(f'no checkpoint at {folder}')
+    leaves = manager.restore(step, args=ocp.args.StandardRestore(_by_path(abstract_state)))
+  return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+
+
+def latest_step(folder: str | pathlib.Path) -> int | None:
+  """Returns the number of the last whole checkpoint, None if there is none."""
+  with _manager(folder) as manager:
+    return manager.latest_step()
+
+
+def _manager(folder, **options) -> ocp.CheckpointManager:
+  folder = str(folder) if '://' in str(folder) else os.path.abspath(folder)
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+  return ocp.CheckpointManager(folder, options=options)
+
+
+def _by_path(tree) -> dict[str, Any]:
+  # Flat: orbax 0.12 cannot restore a tree that mixes names and numbers on one level, as `nnx.List` does.
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def write_lines(path: str | pathlib.Path, lines: Iterable[str]):
+  """Writes lines of text under a temporary name and then renames it; makes the folder."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + '.partial')
+  with open(partial, 'w', encoding='utf-8') as file:
+    file.writelines(f'{line}\n' for line in lines)
+  os.replace(partial, path)
+
+
+def write_json(path: str | pathlib.Path, value: Any):
+  """Writes a value as JSON, atomically; NaN and infinities, which JSON has not, are written as null."""
+  write_lines(path, [json.dumps(_finite(value), indent=2, allow_nan=False)])
+
+
+def _finite(value):
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(path: str | pathlib.Path) -> Iterator[str]:
+  """Yields the lines of a text file, without their ends."""
+  with open(path, encoding='utf-8') as file:
+    for line in file:
+      yield line.rstrip('\n')

@@ -1,0 +1,281 @@
+"""Activation stores and checkpoints: what is read equals what was written, and damage is told."""
+
+import errno
+import json
+import os
+import pathlib
+import subprocess
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jax_interp import store
+from models import sharding
+
+N_EXAMPLES, N_TOKENS, SHARD = 22, 5, 8  # three shards, the last one shorter
+SITES = {'h.1.resid.post_mlp': (6,), 'h.0.attn.v_out': (2, 3)}
+MADE_FROM = {'model': 'm', 'tokenizer': 't', 'dataset': 'd'}
+
+
+def create(where, **changed):
+  fields = {
+    'sites': SITES,
+    'n_examples': N_EXAMPLES,
+    'n_tokens': N_TOKENS,
+    'shard_examples': SHARD,
+    'dtype': 'bfloat16',
+  }
+  return store.ActivationStore.create(where, **{**fields, **MADE_FROM, **changed})
+
+
+def contents(dtype=ml_dtypes.bfloat16):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 50, (N_EXAMPLES, N_TOKENS)).astype(np.int32)
+  acts = {site: rng.normal(size=(N_EXAMPLES, N_TOKENS, *shape)).astype(dtype) for site, shape in SITES.items()}
+  acts['h.1.resid.post_mlp'][8:16] = 0  # equal to zarr's usual fill value
+  return tokens, acts
+
+
+def fill(activations, shards, dtype=ml_dtypes.bfloat16):
+  tokens, acts = contents(dtype)
+  for shard in shards:
+    part = activations.shard(shard)
+    activations.write(shard, tokens[part], {site: x[part] for site, x in acts.items()})
+
+
+def shard_file(folder, shard, site='h.1.resid.post_mlp'):
+  return next((folder / site / 'c' / str(shard)).rglob('0/0'))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('place', ['folder', 'memory'])
+def test_random_reads_equal_what_was_written(tmp_path, dtype, place):
+  where = tmp_path / 'a b%20' if place == 'folder' else f'memory://{tmp_path.name}/{dtype}'
+  numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+  fill(create(where, dtype=dtype), range(3), numpy_dtype)
+  tokens, acts = contents(numpy_dtype)
+  again = store.ActivationStore.open(where, **MADE_FROM)
+  examples = np.array([21, 3, 8, 3, 0])
+  for site, x in {**acts, store.TOKENS: tokens}.items():
+    read = again.reader(site)(examples)
+    assert read.dtype == x.dtype
+    np.testing.assert_array_equal(read, x[examples])
+
+
+def test_a_shard_is_one_file_of_small_chunks(tmp_path):
+  fill(create(tmp_path), range(3))
+  assert sum(path.is_file() for path in (tmp_path / 'h.0.attn.v_out' / 'c').rglob('*')) == 3
+  metadata = json.loads((tmp_path / 'h.0.attn.v_out' / 'zarr.json').read_text())
+  assert metadata['codecs'][0]['configuration']['chunk_shape'] == [4, N_TOKENS, 2, 3]
+
+
+def test_going_on_with_a_store_keeps_finished_shards(tmp_path):
+  fill(create(tmp_path), [0, 2])
+  before = shard_file(tmp_path, 0).stat().st_mtime_ns
+  again = create(tmp_path)
+  assert again.missing() == [1]
+  fill(again, again.missing())
+  assert again.missing() == []
+  assert json.loads((tmp_path / 'manifest.json').read_text())['commits'] == [0, 1, 2]
+  assert shard_file(tmp_path, 0).stat().st_mtime_ns == before
+
+
+def test_two_writers_lose_no_commit(tmp_path):
+  first, second = create(tmp_path), create(tmp_path)
+  fill(first, [0])
+  fill(second, [1])
+  fill(first, [2])
+  assert create(tmp_path).missing() == []
+
+
+def remove(file):
+  file.unlink()
+
+
+def truncate(file):
+  file.write_bytes(file.read_bytes()[:-7])
+
+
+def empty(file):
+  file.write_bytes(b'')
+
+
+@pytest.mark.parametrize('damage', [remove, truncate, empty])
+def test_a_missing_or_truncated_shard_is_named_and_captured_anew(tmp_path, damage):
+  fill(create(tmp_path), range(3))
+  damage(shard_file(tmp_path, 1))
+  damaged = store.ActivationStore.open(tmp_path)
+  read = damaged.reader('h.1.resid.post_mlp')
+  with pytest.raises(ValueError, match=r'shard 1 of h.1.resid.post_mlp in .* train.capture again'):
+    read(np.array([3, 12]))
+  np.testing.assert_array_equal(read(np.array([3, 20])), contents()[1]['h.1.resid.post_mlp'][[3, 20]])
+  assert damaged.missing() == [1]
+  fill(damaged, [1])
+  assert read(np.arange(N_EXAMPLES)).shape == (N_EXAMPLES, N_TOKENS, 6)
+  assert damaged.missing() == []
+
+
+def test_an_altered_byte_is_found_when_it_is_read(tmp_path):
+  fill(create(tmp_path), range(3))
+  file = shard_file(tmp_path, 2)
+  content = bytearray(file.read_bytes())
+  content[20] ^= 1
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=r'shard 2 .* delete h.1.resid.post_mlp/c/2/0/0 there'):
+    store.ActivationStore.open(tmp_path).reader('h.1.resid.post_mlp')(np.array([1, 17]))
+
+
+@pytest.mark.parametrize(
+  'changed',
+  [
+    {'model': 'other'},
+    {'tokenizer': 'other'},
+    {'dataset': 'other'},
+    {'dtype': 'float32'},
+    {'sites': {'h.0.mlp.post_act': (6,)}},
+    {'n_examples': 23},
+  ],
+)
+def test_a_store_of_something_else_is_refused(tmp_path, changed):
+  fill(create(tmp_path), [0])
+  with pytest.raises(ValueError, match=f'of another {next(iter(changed))}'):
+    create(tmp_path, **changed)
+
+
+def test_unknown_names_and_dtypes_and_stores_are_told(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no activations at'):
+    store.ActivationStore.open(tmp_path / 'nothing')
+  with pytest.raises(ValueError, match='float16'):
+    create(tmp_path, dtype='float16')
+  with pytest.raises(ValueError, match="not 'nothing'"):
+    create(tmp_path).reader('nothing')
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_activations_that_are_not_finite_are_not_stored(tmp_path, value):
+  activations = create(tmp_path)
+  fill(activations, [0])
+  tokens, acts = contents()
+  acts['h.0.attn.v_out'][9, 1] = value
+  part = activations.shard(1)
+  with pytest.raises(ValueError, match=r'h.0.attn.v_out has 6 activations in shard 1'):
+    activations.write(1, tokens[part], {site: x[part] for site, x in acts.items()})
+  assert create(tmp_path).missing() == [1, 2]
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+  """A file system of 150 kB, where the tests may mount one."""
+  folder = tmp_path / 'small'
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=150k', 'tmpfs', str(folder)]
+  if os.name != 'posix' or os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+    pytest.skip('mounting a small file system needs root')
+  yield folder
+  subprocess.run(['umount', str(folder)], check=True)
+
+
+def test_no_disk_space_keeps_finished_shards(full_disk):
+  activations = create(full_disk, sites={'h.1.x': (512,)}, dtype='float32')
+  x = np.ones((SHARD, N_TOKENS, 512), np.float32)  # 82 kB
+  tokens = np.zeros((SHARD, N_TOKENS), np.int32)
+  activations.write(0, tokens, {'h.1.x': x})
+  with pytest.raises(OSError) as e:
+    activations.write(1, tokens, {'h.1.x': x})
+  assert e.value.errno == errno.ENOSPC
+  assert e.value.filename == str(full_disk)
+  again = store.ActivationStore.open(full_disk)
+  assert again.missing() == [1, 2]
+  np.testing.assert_array_equal(again.reader('h.1.x')(np.arange(SHARD)), x)
+
+
+def test_no_disk_space_for_a_checkpoint_keeps_the_one_before(full_disk):
+  store.save_checkpoint(full_disk, 1, {'w': jnp.arange(10)})
+  with pytest.raises(OSError) as e:
+    store.save_checkpoint(full_disk, 2, {'w': jax.random.normal(jax.random.key(0), (100_000,))})
+  assert e.value.errno == errno.ENOSPC
+  assert store.latest_step(full_disk) == 1
+
+
+class Module(nnx.Module):
+  def __init__(self, rngs):
+    self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 6)), out_sharding=('model', None))
+    self.layers = nnx.List([nnx.Linear(6, 4, rngs=rngs) for _ in range(2)])
+    self.k = 3
+
+
+class State(NamedTuple):
+  module: Module
+  opt: Any
+  step: jax.Array
+  key: jax.Array
+  ema: Any = None
+
+
+def init_state(key):
+  module = Module(nnx.Rngs(params=key))
+  return State(module, optax.adam(1e-3).init(module), jnp.int32(7), jax.random.key(3))
+
+
+def raw(leaf):
+  return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+@pytest.mark.usefixtures('mesh')
+def test_a_checkpoint_gives_back_the_sharded_state(tmp_path):
+  abstract = jax.eval_shape(init_state, jax.random.key(0))
+  shardings = nnx.get_named_sharding(abstract, jax.sharding.get_mesh())
+  state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(0))
+  for step in (10, 20, 30):
+    store.save_checkpoint(tmp_path, step, state, keep=2)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['20', '30']
+  assert store.latest_step(tmp_path) == 30
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+  restored = store.restore_checkpoint(tmp_path, abstract)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  assert sharding.spec('latent d') in [leaf.sharding.spec for leaf in jax.tree.leaves(restored.module)]
+  for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    np.testing.assert_array_equal(raw(ours), raw(theirs))
+
+
+def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
+  with jax.set_mesh(sharding.make_mesh(1, 4)):
+    w = sharding.place(np.arange(48.0).reshape(8, 6), 'latent d')
+    store.save_checkpoint(tmp_path, 1, {'w': w})
+  with jax.set_mesh(sharding.make_mesh(2, 2)):
+    target = jax.ShapeDtypeStruct((8, 6), w.dtype, sharding=sharding.place(w, 'latent d').sharding)
+    np.testing.assert_array_equal(store.restore_checkpoint(tmp_path, {'w': target})['w'], w)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no checkpoint'):
+    store.restore_checkpoint(tmp_path / 'nothing', {'w': jnp.zeros(3)})
+  assert store.latest_step(tmp_path / 'nothing') is None
+  store.save_checkpoint(tmp_path, 1, {'w': jnp.zeros(3)})
+  for other in ({'w': jnp.zeros(4)}, {'w': jnp.zeros(3), 'b': jnp.zeros(3)}):
+    with pytest.raises(ValueError):
+      store.restore_checkpoint(tmp_path, other)
+
+
+def test_a_failed_write_leaves_the_text_file_as_it_was(tmp_path):
+  path = tmp_path / 'folder' / 'metrics.json'
+  store.write_json(path, {'l0': 32.0, 'density': [1, float('nan')]})
+  assert json.loads(path.read_text()) == {'l0': 32.0, 'density': [1, None]}
+
+  def lines():
+    yield 'é'
+    raise RuntimeError
+
+  with pytest.raises(RuntimeError):
+    store.write_lines(path, lines())
+  assert json.loads(path.read_text())['l0'] == 32.0
+  store.write_lines(path, ['é', 'b'])
+  assert list(store.read_lines(path)) == ['é', 'b']
+  assert [p.name for p in pathlib.Path(path.parent).iterdir() if p.suffix != '.partial'] == ['metrics.json']
