@@ -287,7 +287,8 @@ def restore_checkpoint(folder: str | pathlib.Path, abstract_state: Any, step: in
     if step is None:
       raise FileNotFoundError(f'no checkpoint at {folder}')
     leaves = manager.restore(step, args=ocp.args.StandardRestore(_by_path(abstract_state)))
-  return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+  # By name: orbax returns them in another order.
+  return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in _by_path(abstract_state)])
 
 
 def latest_step(folder: str | pathlib.Path) -> int | None:
