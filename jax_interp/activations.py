@@ -1,0 +1,127 @@
+"""Tokens to activations: captured at any set of sites in one pass, and shuffled for training.
+
+Takes a model and token windows [example, token]; gives {site: [batch, token, ...]} batch by batch, or an endless stream
+of shuffled rows [batch_size, d] that reads from a store and from the live model alike.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models import sharding, sites
+
+
+@functools.partial(jax.jit, static_argnames=('names', 'dtype'))
+def capture(model, tokens_bt: jax.Array, names: tuple[str, ...], dtype: str = 'float32') -> dict[str, jax.Array]:
+  """Returns {site: activation [batch, token, ...]} in `dtype`; layers after the last of the sites are not computed.
+
+  Raises:
+    KeyError: a name or glob matches no site.
+  """
+  acts = sites.forward(model, tokens_bt, capture=names)[1]
+  return {site: x.astype(jnp.dtype(dtype)) for site, x in acts.items()}
+
+
+def stream(
+  model, windows: np.ndarray, names: tuple[str, ...], batch_size: int, start: int = 0, dtype: str = 'float32'
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+  """Yields (index of the first example, {site: activation [b, token, ...]}) over the windows in order.
+
+  The device computes the next batch while the host copies and uses this one.
+
+  Args:
+    model: as for `sites.forward`, on the ambient mesh.
+    windows: int32 token ids [example, token].
+    names: site names or globs.
+    batch_size: examples a batch, cut over the data axis; the last batch is padded on the device only.
+    start: example to begin with.
+    dtype: 'float32' or 'bfloat16'.
+
+  Raises:
+    ValueError: the data axis does not divide batch_size.
+    KeyError: a name matches no site.
+  """
+  sharding.check_divides('batch_size', batch_size, 'data')
+
+  def fetch(first, n, acts):
+    return first, {site: np.asarray(x)[:n] for site, x in acts.items()}
+
+  dispatched = None
+  for first in range(start, len(windows), batch_size):
+    tokens_bt = windows[first : first + batch_size]
+    padded_bt = np.pad(tokens_bt, ((0, batch_size - len(tokens_bt)), (0, 0)))
+    acts = capture(model, sharding.place(padded_bt, 'batch token'), names, dtype)
+    for x in acts.values():
+      x.copy_to_host_async()
+    if dispatched:
+      yield fetch(*dispatched)
+    dispatched = first, len(tokens_bt), acts
+  if dispatched:
+    yield fetch(*dispatched)
+
+
+def live_reader(
+  model, windows: np.ndarray, site: str, batch_size: int = 32, dtype: str = 'float32'
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns `read(examples)`: int [n] -> activations [n, token, ...] of one site, computed anew each time."""
+
+  def read(examples):
+    batches = stream(model, windows[examples], (site,), batch_size, dtype=dtype)
+    return np.concatenate([acts[site] for _, acts in batches])
+
+  return read
+
+
+def shuffled_batches(
+  read: Callable[[np.ndarray], np.ndarray],
+  n_examples: int,
+  n_tokens: int,
+  batch_size: int,
+  buffer_examples: int,
+  seed: int,
+  start_step: int = 0,
+  block: int = 4,
+) -> Iterator[np.ndarray]:
+  """Yields shuffled activations [batch_size, d] without end; every token's row comes exactly once an epoch.
+
+  Each epoch permutes blocks of neighbouring examples, fills a buffer with the next of them and permutes its rows. Batch i
+  is a function of the seed and of i alone, so a step is all that a checkpoint need keep: resuming reads one buffer again.
+
+  Args:
+    read: int [n], ascending -> activations [n, n_tokens, ...]; `ActivationStore.reader(site)` or `live_reader`.
+    n_examples: examples an epoch.
+    n_tokens: tokens an example.
+    batch_size: rows a batch; a batch may end one epoch and begin the next.
+    buffer_examples: examples that are in memory, and mixed, at a time.
+    seed: of both permutations.
+    start_step: the first batch to yield.
+    block: examples that are read together; the store's chunks are as long.
+  """
+  fills = -(-n_examples // buffer_examples)
+  epochs_done, row = divmod(start_step * batch_size, n_examples * n_tokens)
+  fills_done, row = divmod(row, buffer_examples * n_tokens)
+  pieces, wanted = [], batch_size
+  for i in itertools.count(epochs_done * fills + fills_done):
+    epoch, fill = divmod(i, fills)
+    order = _block_order(n_examples, block, np.random.default_rng((seed, epoch, 0)))
+    examples = np.sort(order[fill * buffer_examples : (fill + 1) * buffer_examples])
+    rows = read(examples).reshape(len(examples) * n_tokens, -1)
+    order = np.random.default_rng((seed, epoch, 1 + fill)).permutation(len(rows))
+    while row < len(rows):
+      pieces.append(rows[order[row : row + wanted]])
+      row += wanted
+      wanted -= len(pieces[-1])
+      if not wanted:
+        yield np.concatenate(pieces)
+        pieces, wanted = [], batch_size
+    row = 0
+
+
+def _block_order(n_examples, block, rng):
+  firsts = block * rng.permutation(-(-n_examples // block))
+  order = (firsts[:, None] + np.arange(block)).ravel()
+  return order[order < n_examples]
