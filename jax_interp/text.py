@@ -96,19 +96,16 @@ def split_of(document: str) -> str:
   return SPLITS[int.from_bytes(_digest(document)[:4], 'big') % 100 < HELD_OUT_PERCENT]
 
 
-def documents(source: str, split: str) -> list[str]:
-  """Returns the de-duplicated documents of one split, in the order of their content's hash.
+def documents(source: str) -> dict[str, list[str]]:
+  """Returns the de-duplicated documents of each split, train and held_out, in the order of their content's hash.
 
   Args:
     source: 'embedded', or the path of a UTF-8 .txt or .jsonl file (objects with a field "text").
-    split: 'train' or 'held_out' (10 % of the documents).
 
   Raises:
     FileNotFoundError, ValueError: there is no such file, it is of another kind, not UTF-8, or holds no text for the
     split.
   """
-  if split not in SPLITS:
-    raise ValueError(f'split {split!r} is not one of {SPLITS}')
   path = pathlib.Path(source)
   if source == EMBEDDED:
     found = (text for text in _embedded_documents() if len(text) >= MIN_DOCUMENT)
@@ -118,10 +115,14 @@ def documents(source: str, split: str) -> list[str]:
     found = _txt_documents(path) if path.suffix == '.txt' else _jsonl_documents(path)
   else:
     raise ValueError(f'{source} is neither .txt nor .jsonl; convert it to one of them')
-  chosen = [text for text in deduplicate(found) if text.strip() and split_of(text) == split]
-  if not chosen:
-    raise ValueError(f'{source} holds no text for the split {split!r}; give a longer text')
-  return sorted(chosen, key=_digest)
+  splits = {split: [] for split in SPLITS}
+  for document in deduplicate(found):
+    if document.strip():
+      splits[split_of(document)].append(document)
+  for split, chosen in splits.items():
+    if not chosen:
+      raise ValueError(f'{source} holds no text for the split {split!r}; give a longer text')
+  return {split: sorted(chosen, key=_digest) for split, chosen in splits.items()}
 
 
 def windows(texts: Iterable[str], tokenizer, n_tokens: int) -> np.ndarray:

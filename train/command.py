@@ -6,6 +6,7 @@ there, with the settings it was made with (config.json) and, once whole, an empt
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -25,9 +26,7 @@ from ml_collections import config_flags
 from jax_interp import text
 from models import pretrained, sharding
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', 'configs/tiny.py', 'A file of configs/; --config.sae.k=16 overrides.'
-)
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; --config.sae.k=16 overrides a field.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/tiny', 'Where artefacts are read and left.')
 _TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where an error was raised, not only what it says.')
 
@@ -50,10 +49,17 @@ def main(run: Callable[[ml_collections.ConfigDict, pathlib.Path], None]):
 
 
 def _parse_flags(argv):
+  logging.set_verbosity(logging.FATAL)  # ml_collections logs what it then raises
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is None:
+      raise ValueError('no config; give --config=configs/tiny.py or another file of configs/')
+  except (AttributeError, KeyError) as e:
+    sys.exit(f'error: unknown config field {_sentence(e)}')
+  except (flags.Error, TypeError, ValueError, OSError) as e:
     sys.exit(f'error: {_sentence(e)}')
+  logging.set_verbosity(logging.WARNING)
+  return rest
 
 
 def _main(run, argv) -> int:
@@ -64,7 +70,6 @@ def _main(run, argv) -> int:
     return 1
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: _stop.set())
-  logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   try:
     jax.set_mesh(sharding.make_mesh(**config.mesh))
@@ -82,7 +87,9 @@ def _main(run, argv) -> int:
 def _sentence(e: Exception) -> str:
   if isinstance(e, OSError) and e.errno == 28:
     return f'no space left on the device ({e.filename or "while writing"}); make room and run the same command again'
-  return str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+  while isinstance(e, KeyError | AttributeError) and e.args:  # their str() is the repr of the message
+    e = e.args[0]
+  return ' '.join(str(e).split())
 
 
 def progress(iterable: Iterable | None, total: int, desc: str, unit: str, initial: int = 0, scale: float = 1):
@@ -105,6 +112,22 @@ def progress(iterable: Iterable | None, total: int, desc: str, unit: str, initia
     unit_scale=scale if scale != 1 else True,
     mininterval=interval,
   )
+
+
+class MetricsLog:
+  """A file of JSON lines, a training step each; opened at the step that training starts from or resumes at."""
+
+  def __init__(self, path: pathlib.Path, step: int):
+    """Opens the file for the steps after `step`; later ones, of a run that got further than its checkpoint, go."""
+    lines = path.read_text('utf-8').splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
+    _write(path, ''.join(kept).encode())
+    self._path = path
+
+  def write(self, numbers: Mapping[str, float]):
+    """Appends a line; `numbers` holds the step."""
+    with open(self._path, 'a', encoding='utf-8') as file:
+      file.write(json.dumps(numbers) + '\n')
 
 
 def _plain(settings):
@@ -189,7 +212,7 @@ def windows(
 ) -> np.ndarray:
   """Returns int32 [example, token] of a split, memory-mapped from workdir/text, where the first call writes it.
 
-  The file's name holds a hash of everything it depends on but the text itself: the text is read once a workdir, so
+  A file's name holds a hash of everything it depends on but the text itself: the text is read once a workdir, so
   that all stages see the same, whatever is installed later.
 
   Args:
@@ -202,11 +225,12 @@ def windows(
   n_tokens = n_tokens or config.text.window
   vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
   key = hashlib.sha256(f'{config.text.source}|{n_tokens}|{vocab}'.encode()).hexdigest()[:12]
-  path = workdir / 'text' / f'{split}_{n_tokens}_{key}.npy'
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokens = text.windows(text.documents(config.text.source, split), tokenizer, n_tokens)
-    partial = path.with_suffix('.partial.npy')
-    np.save(partial, tokens)
-    os.replace(partial, path)
-  return np.load(path, mmap_mode='r')
+  paths = {name: workdir / 'text' / f'{name}_{n_tokens}_{key}.npy' for name in text.SPLITS}
+  if not all(path.exists() for path in paths.values()):
+    print(f'reading the text {config.text.source!r}')
+    for name, documents in text.documents(config.text.source).items():
+      content = io.BytesIO()
+      np.save(content, text.windows(documents, tokenizer, n_tokens))
+      paths[name].parent.mkdir(parents=True, exist_ok=True)
+      _write(paths[name], content.getbuffer())
+  return np.load(paths[split], mmap_mode='r')

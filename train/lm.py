@@ -141,7 +141,7 @@ def run(config, workdir):
   model_config = gpt2.GPT2Config(lm.n_layer, lm.n_head, lm.d_model, lm.n_ctx, lm.n_vocab)
   if not (folder / 'model' / 'tokenizer.json').exists():
     (folder / 'model').mkdir(exist_ok=True)
-    train_tokenizer(text.documents(config.text.source, 'train'), lm.n_vocab).save(str(folder / 'model/tokenizer.json'))
+    train_tokenizer(text.documents(config.text.source)['train'], lm.n_vocab).save(str(folder / 'model/tokenizer.json'))
   tokenizer = pretrained.load_tokenizer(str(folder / 'model'))
   train_et, held_out_et = (command.windows(config, workdir, tokenizer, split, lm.n_ctx) for split in text.SPLITS)
   if len(train_et) < lm.batch_size:
@@ -155,8 +155,10 @@ def run(config, workdir):
     model = gpt2.GPT2(model_config, nnx.Rngs(config.seed))
     return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32))
 
-  state = store.restore_or_init(folder / 'checkpoints', jax.jit(init))
-  metrics = store.MetricsLog(folder / 'metrics.jsonl', int(state.step))
+  state = jax.jit(init)()
+  if store.latest_step(folder / 'checkpoints') is not None:
+    state = store.restore_checkpoint(folder / 'checkpoints', state)
+  metrics = command.MetricsLog(folder / 'metrics.jsonl', int(state.step))
   bar = command.progress(None, lm.steps, 'train.lm', 'steps', initial=int(state.step))
   started, first_step = time.time(), int(state.step)
   for step in range(first_step, lm.steps, lm.steps_per_dispatch):
@@ -164,15 +166,15 @@ def run(config, workdir):
     tokens_sbt = np.stack([batch(train_et, config.seed, s, lm.batch_size) for s in steps])
     state, losses = train_steps(state, sharding.place(tokens_sbt, 'step batch token'), tx)
     done = steps[-1] + 1
-    tokens_per_s = (done - first_step) * lm.batch_size * lm.n_ctx / (time.time() - started)
-    numbers = {'step': done, 'loss': float(losses.mean()), 'tokens_per_s': tokens_per_s}
+    numbers = {'step': done, 'loss': float(losses.mean())}  # waits for the steps
+    numbers['tokens_per_s'] = (done - first_step) * lm.batch_size * lm.n_ctx / (time.time() - started)
     save = command.stopping() or done // lm.checkpoint_every > step // lm.checkpoint_every
     if save:
       numbers['held_out_loss'] = mean_loss(state.model, held_out_et[:EVAL_EXAMPLES])
       store.save_checkpoint(folder / 'checkpoints', done, state)
     metrics.write(numbers)
     bar.update(len(steps))
-    bar.set_postfix(loss=f'{numbers["loss"]:.3f}', tokens_per_s=f'{tokens_per_s:.0f}')
+    bar.set_postfix(loss=f'{numbers["loss"]:.3f}', tokens_per_s=f'{numbers["tokens_per_s"]:.0f}')
     if command.stopping() and done < lm.steps:
       raise command.Stopped(f'step {done} of {lm.steps} is saved in {folder}; run the same command to go on')
   bar.close()

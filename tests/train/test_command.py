@@ -1,0 +1,108 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import ml_collections
+import numpy as np
+import pytest
+
+from models import pretrained
+from train import command
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = '--config=configs/tiny.py'
+
+
+def _run(*args, code=None, **env):
+  program = ['-c', code] if code else ['-m', *args]
+  environment = {**os.environ, 'XLA_FLAGS': '', **env}
+  return subprocess.run(
+    [sys.executable, *program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+  )
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([TINY, '--config.lm.n_layers=3'], 'unknown config field \'n_layers\' Did you mean "n_layer" instead'),
+    ([TINY, '--config.lm.n_layer=three'], '--config.lm.n_layer=three: invalid literal for int()'),
+    ([], 'no config; give --config=configs/tiny.py'),
+    (['--config=configs/nowhere.py'], 'configs/nowhere.py'),
+    ([TINY, '--config.mesh.data=3'], 'a mesh of 3x1 needs 3 devices and there are 1; choose a smaller mesh'),
+    ([TINY, 'surplus'], "unexpected arguments ['surplus']"),
+    ([TINY, '--config.model.source=trained', '--config.text.source=nowhere.txt'], "no text at 'nowhere.txt'"),
+  ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(tmp_path, flags, message):
+  result = _run('train.lm', f'--workdir={tmp_path}', *flags)
+  assert result.returncode == 1
+  (sentence,) = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+  assert message in sentence
+  assert 'Traceback' not in result.stderr
+
+
+def test_sigterm_lets_the_stage_save_and_exits_0(tmp_path):
+  code = """
+import time
+from train import command
+def run(config, workdir):
+  print('started', flush=True)
+  while not command.stopping():
+    time.sleep(0.01)
+  (workdir / 'saved').touch()
+  raise command.Stopped('all is saved; run it again')
+command.main(run)
+"""
+  process = subprocess.Popen(
+    [sys.executable, '-c', code, TINY, f'--workdir={tmp_path}'],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'started\n'
+  time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 0
+  assert 'stopped: all is saved; run it again' in stderr
+  assert (tmp_path / 'saved').exists()
+
+
+def test_a_folder_of_another_config_raises_and_names_the_field(tmp_path):
+  settings = {'sae': ml_collections.ConfigDict({'k': 16, 'n_latents': 64}), 'seed': 0}
+  folder = tmp_path / 'sae'
+  assert not command.claim(folder, settings)
+  assert not command.claim(folder, settings)
+  with pytest.raises(ValueError, match=r'was made with another config: sae\.k is 16 there and 8 now; choose another'):
+    command.claim(folder, settings | {'sae': {'k': 8, 'n_latents': 64}})
+  command.finish(folder)
+  assert command.claim(folder, settings)
+
+
+def test_the_metrics_log_forgets_steps_after_the_checkpoint_and_a_torn_line(tmp_path):
+  log = command.MetricsLog(tmp_path / 'metrics.jsonl', 0)
+  for step in (10, 20, 30):
+    log.write({'step': step, 'loss': 1 / step})
+  with open(tmp_path / 'metrics.jsonl', 'a') as file:
+    file.write('{"step": 4')
+  command.MetricsLog(tmp_path / 'metrics.jsonl', 20).write({'step': 30, 'loss': 0.5})
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert lines == [{'step': 10, 'loss': 0.1}, {'step': 20, 'loss': 0.05}, {'step': 30, 'loss': 0.5}]
+
+
+def test_windows_are_written_once_and_stay(tmp_path):
+  path = tmp_path / 'corpus.jsonl'
+  path.write_text('\n'.join(json.dumps({'text': f'document number {i} ' * 20}) for i in range(100)))
+  config = ml_collections.ConfigDict({'text': {'source': str(path), 'window': 16}})
+  tokenizer = pretrained.load_tokenizer('embedded')
+  train_et = np.array(command.windows(config, tmp_path, tokenizer, 'train'))
+  held_out_et = np.array(command.windows(config, tmp_path, tokenizer, 'held_out'))
+  path.unlink()
+  np.testing.assert_array_equal(command.windows(config, tmp_path, tokenizer, 'train'), train_et)
+  assert train_et.shape[1] == 16
+  assert 0 < len(held_out_et) < len(train_et)
