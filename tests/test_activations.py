@@ -1,5 +1,6 @@
 """Activations equal the forward pass on every mesh; shuffling is exact and resumes anywhere."""
 
+import functools
 import itertools
 
 import jax
@@ -14,9 +15,15 @@ from models import gpt2, sharding, sites
 SITES = ('h.0.mlp.post_act', 'h.*.resid.post_mlp')
 
 
+@functools.cache
+def build(mesh):
+  config = gpt2.GPT2Config(n_layer=2, n_head=2, d_model=12, n_ctx=16, n_vocab=31)
+  return jax.jit(lambda: gpt2.GPT2(config, nnx.Rngs(0)))()
+
+
 @pytest.fixture
 def model(mesh):
-  return gpt2.GPT2(gpt2.GPT2Config(n_layer=2, n_head=2, d_model=12, n_ctx=16, n_vocab=31), nnx.Rngs(0))
+  return build(jax.sharding.get_mesh())
 
 
 @pytest.fixture
