@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_interp import store
 from models import sharding, sites
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999)  # of the window maximum; the top excerpts stand for the rest
@@ -41,7 +42,7 @@ def _activations(model, tokens_bt, site, sae, components):
   return acts_btc if components is None else acts_btc[..., components]
 
 
-def batches(model, windows: np.ndarray, site: str, sae=None, components=None, batch_size: int = 64) -> Iterator:
+def batches(model, windows: np.ndarray, site: str, sae=None, components=None, batch_size: int = 16) -> Iterator:
   """Yields (first window's number, float32 acts_btc on the device) over all windows, in order.
 
   Args:
@@ -191,9 +192,10 @@ def _fetch(acts_btc, rows_p, components_p):
 
 @jax.jit
 def _count(acts_btc, max_c):
-  bins_btc = jnp.clip(jnp.ceil(acts_btc * (N_BINS / max_c)), 0, N_BINS).astype(jnp.int16)
-  count = lambda k: (bins_btc == k).sum(1, dtype=jnp.int16).astype(jnp.int32).sum(0)
-  return jax.lax.map(count, jnp.arange(1, N_BINS + 1, dtype=jnp.int16))
+  part_btc = jnp.ceil(acts_btc * (N_BINS / max_c)).astype(jnp.int32) - 1
+  bin_btc = jnp.where(acts_btc > 0, jnp.clip(part_btc, 0, N_BINS - 1), N_BINS)  # the last is no bin: dropped
+  components = jnp.arange(len(max_c))
+  return jnp.zeros((N_BINS, len(max_c)), jnp.int32).at[bin_btc, components].add(1, mode='drop')
 
 
 def excerpts(batches: Batches, selection: Selection, n_tokens: int, max_c: np.ndarray) -> tuple[Selection, np.ndarray]:
@@ -215,10 +217,9 @@ def excerpts(batches: Batches, selection: Selection, n_tokens: int, max_c: np.nd
   order = np.argsort(windows_cx[components, slots], kind='stable')
   components, slots = components[order], slots[order]
   windows = windows_cx[components, slots]
-  scale_c = jnp.where(max_c > 0, max_c, jnp.inf)  # a component that is never active fills no bin
   histogram = 0
   for start, acts_btc in batches:
-    histogram = histogram + jax.device_get(_count(acts_btc, scale_c)).T.astype(np.int64)
+    histogram = histogram + jax.device_get(_count(acts_btc, max_c)).T.astype(np.int64)
     first, last = np.searchsorted(windows, (start, start + len(acts_btc)))
     for low in range(first, last, FETCH):
       part = slice(low, min(low + FETCH, last))
@@ -300,17 +301,18 @@ def neuron_records(
 
 def write(folder: pathlib.Path, kind: str, records: Iterable[dict], arrays: dict[str, np.ndarray]):
   """Writes <kind>.jsonl and then, with the lines' offsets, <kind>.npz; each appears whole or not at all."""
-  folder.mkdir(parents=True, exist_ok=True)
-  lines, arrays_file = folder / f'{kind}.jsonl', folder / f'{kind}.npz'
-  offsets = []
-  with open(lines.with_suffix('.partial'), 'wb') as f:
+  offsets = [0]
+
+  def lines():
     for record in records:
-      offsets.append(f.tell())
-      f.write(json.dumps(record).encode() + b'\n')
-  os.replace(f.name, lines)
-  with open(arrays_file.with_suffix('.partial'), 'wb') as f:
-    np.savez(f, offsets=np.array(offsets, np.int64), **arrays)
-  os.replace(f.name, arrays_file)
+      line = json.dumps(record)  # ASCII
+      offsets.append(offsets[-1] + len(line) + 1)
+      yield line
+
+  store.write_lines(folder / f'{kind}.jsonl', lines())
+  partial = folder / f'{kind}.partial.npz'
+  np.savez(partial, offsets=np.array(offsets[:-1]), **arrays)
+  os.replace(partial, folder / f'{kind}.npz')
 
 
 class Lines(collections.abc.Sequence):

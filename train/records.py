@@ -1,0 +1,88 @@
+"""Records every latent of the SAE and every MLP neuron of one layer, on the training text.
+
+Leaves workdir/records/{latents,neurons}.{jsonl,npz}: see `jax_interp.records`. Stopped, it keeps the kind that is
+finished and begins the other anew.
+"""
+
+import re
+
+import jax
+import numpy as np
+
+from jax_interp import records
+from models import sae as sae_lib
+from train import command
+
+
+def _write_vectors(model, site, sae) -> jax.Array:
+  """Returns what each component adds to the residual stream, [c, d]."""
+  layer = re.fullmatch(r'h\.(\d+)\.mlp\.post_act', site)
+  c_proj_nd = model.h[int(layer[1])].mlp.c_proj.kernel[...] if layer else None
+  if sae is None:
+    return c_proj_nd
+  return sae.decoder[...] @ c_proj_nd if layer else sae.decoder[...]
+
+
+def _record_kind(folder, kind, subject, windows, site, sae, settings, seed):
+  def batches(step):
+    found = records.batches(subject.model, windows, site, sae, batch_size=settings.batch_size)
+    n_batches, scale = len(windows) // settings.batch_size, settings.batch_size
+    for batch in command.progress(found, n_batches, f'{kind}, {step} of 2', 'windows', scale=scale):
+      if command.stopping():
+        raise command.Stopped(f'{folder} keeps the kinds that are finished; the same command begins {kind} anew')
+      yield batch
+
+  survey = records.survey(batches(1), len(windows))
+  selection = records.select(survey.maxima_wc, settings.n_top, settings.n_random, settings.n_quantile, seed)
+  max_c = survey.maxima_wc.max(0)
+  acts, histogram = records.excerpts(batches(2), selection, windows.shape[1], max_c)
+  promoted, suppressed = records.promoted_tokens(subject.model, _write_vectors(subject.model, site, sae))
+  layer = re.match(r'h\.(\d+)\.', site)
+  lines = records.neuron_records(
+    int(layer[1]) if layer else site,
+    selection,
+    acts,
+    survey.moments,
+    windows,
+    records.token_strings(subject.tokenizer),
+  )
+  arrays = {
+    'top_windows': selection.top,
+    'random_windows': selection.random,
+    'quantile_windows': selection.quantile,
+    'density': survey.density_c,
+    'max': max_c,
+    'histogram': histogram,
+    'edges': np.linspace(0, np.maximum(max_c, 0), records.N_BINS + 1, axis=1),
+    'promoted_tokens': promoted,
+    'suppressed_tokens': suppressed,
+  }
+  records.write(folder, kind, command.progress(lines, len(max_c), f'{kind}, writing', kind), arrays)
+
+
+def run(config, workdir):
+  """Records both kinds, or what is missing of them.
+
+  Raises:
+    ValueError: the records there were made with another config, or the text is too short.
+    KeyError: there is no such site or layer.
+  """
+  folder, settings = workdir / 'records', config.records
+  made_with = {name: config[name] for name in ('records', 'sae', 'model', 'text', 'seed')}
+  if command.claim(folder, made_with):
+    return
+  subject = command.subject(config, workdir)
+  windows = command.windows(config, workdir, subject.tokenizer, 'train')
+  n_windows = min(settings.n_windows, len(windows)) // settings.batch_size * settings.batch_size
+  kinds = {
+    'latents': (config.sae.site, sae_lib.load_sae(workdir / 'sae' / 'final')),
+    'neurons': (f'h.{settings.neurons_layer}.mlp.post_act', None),
+  }
+  for kind, (site, sae) in kinds.items():
+    if not (folder / f'{kind}.npz').exists():
+      _record_kind(folder, kind, subject, windows[:n_windows], site, sae, settings, config.seed)
+  command.finish(folder)
+
+
+if __name__ == '__main__':
+  command.main(run)
