@@ -1,0 +1,186 @@
+"""What a run left, as plain data -> one HTML file without a single outside reference, for people to read.
+
+The overview (facts, scores, numbers, training curves) is made here and reads without JavaScript; the components are
+JSON inside the page (see `components.embed`), and its script shows one of them at a time.
+"""
+
+import collections
+import importlib.resources
+from collections.abc import Mapping, Sequence
+
+import jinja2
+import markupsafe
+import numpy as np
+
+from jax_interp.report import components as components_lib
+from jax_interp.report import plots
+
+METHODS = {
+  'token_lookup': 'Token lookup table',
+  'neuron2graph': 'Neuron2Graph',
+  'token_activation': 'Language model',
+}
+SCORES = {'ev_correlation': 'Correlation', 'rsquared': 'R²', 'absolute_dev_explained': 'Absolute deviation explained'}
+STATUSES = ('ok', 'parse_failed', 'truncated', 'refused', 'failed')
+WEAK_MODEL = 'smollm'  # the model of 135 million parameters that stands in where there is no other
+N_BOOTSTRAP = 2000
+DENSITY_AXES = 'log10 of the fraction of tokens on which a latent is active', 'latents'
+
+# Metric -> label, format, and what it means and what is good.
+NUMBERS = {}
+# Training log -> one plot a line: title, {field: label}, logarithmic.
+CURVES = {
+  'sae': (
+    ('Loss', {'loss': 'loss'}, True),
+    ('Normalized MSE', {'normalized_mse': 'normalized MSE'}, True),
+    ('Dead latents', {'dead_latents': 'dead latents'}, False),
+    ('L0, active latents a token', {'l0': 'L0'}, False),
+  ),
+  'lm': (('Loss, nats a token', {'loss': 'train', 'held_out_loss': 'held out'}, False),),
+}
+
+
+def render(
+  *,
+  title: str,
+  facts: Mapping[str, str],
+  made: str,
+  command: str,
+  missing: Sequence[tuple[str, str]],
+  training: Mapping[str, Sequence[Mapping]],
+  numbers: Mapping[str, float | None],
+  density: tuple[Sequence[float], Sequence[float]] | None,
+  explanations: Sequence[Mapping],
+  components: Mapping,
+  totals: Mapping[str, int],
+  made_from: str = '',
+) -> str:
+  """Returns the page.
+
+  Args:
+    title: its heading.
+    facts: what was studied, by name.
+    made: when, in words.
+    command: the command line that made it.
+    missing: (what is not there, the command that makes it).
+    training: the rows of metrics.jsonl of 'sae' and 'lm', where there are any.
+    numbers: what train.evaluate measured, by the names in NUMBERS; others are shown by name.
+    density: counts and edges, in log10 of the fraction of tokens, of how often the latents are active.
+    explanations: all lines of explanations/*.jsonl.
+    components: as `components.embed` returns them.
+    totals: how many 'latent's and 'neuron's there are in all.
+    made_from: a hash of what the page was made from, kept in its head.
+  """
+  files = importlib.resources.files('jax_interp.report')
+  text = lambda name: markupsafe.Markup(files.joinpath(name).read_text('utf-8'))
+  template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  methods = summarize(explanations)
+  shown = collections.Counter(component['kind'] for component in components['components'])
+  labels = {method['name']: METHODS.get(method['name'], method['name']) for method in methods}
+  return template.from_string(text('template.html')).render(
+    title=title,
+    facts=facts,
+    made=made,
+    made_from=made_from,
+    command=command,
+    missing=missing,
+    shown={kind: shown[kind] for kind in totals},
+    totals=totals,
+    methods=methods,
+    score_labels=SCORES,
+    statuses=[s for s in STATUSES if any(method['statuses'][s] for method in methods)],
+    notices=_notices(methods),
+    scores_plot=_scores_plot(methods),
+    numbers=_number_cards(numbers),
+    density_plot=density and markupsafe.Markup(plots.bars(*density, 'How often latents are active', *DENSITY_AXES)),
+    training=[{'name': name, 'plots': _curves(name, rows)} for name, rows in training.items()],
+    data=markupsafe.Markup(components_lib.dumps({**components, 'methods': labels})),
+    css=text('report.css'),
+    js=text('heat.js') + text('report.js'),
+  )
+
+
+def summarize(explanations: Sequence[Mapping]) -> list[dict]:
+  """Returns, for each method and kind of component, how explanations fared and how they and the nulls score.
+
+  A row has `n`, the components with at least one defined score, and for each of SCORES (mean, low, high), or None.
+  """
+  groups = collections.defaultdict(list)
+  for line in explanations:
+    groups[line['method'], line['component']['kind']].append(line)
+  order = {name: i for i, name in enumerate(METHODS)}
+  return [
+    {
+      'name': name,
+      'label': f'{METHODS.get(name, name)}, {kind}s',
+      'model': lines[0]['model'],
+      'statuses': collections.Counter(line['status'] for line in lines),
+      'rows': _prediction_rows(lines),
+    }
+    for (name, kind), lines in sorted(groups.items(), key=lambda group: (order.get(group[0][0], 99), group[0]))
+  ]
+
+
+def _prediction_rows(lines):
+  predictions = {
+    'This explanation': [line.get('scores') for line in lines],
+    'This explanation, random excerpts only': [(line.get('scores') or {}).get('random_only') for line in lines],
+    'Explanation of another': [(line.get('nulls') or {}).get('other_explanation') for line in lines],
+    'A constant': [(line.get('nulls') or {}).get('constant') for line in lines],
+  }
+  rows = []
+  for label, scores in predictions.items():
+    values = {name: [s[name] for s in scores if s and s.get(name) is not None] for name in SCORES}
+    n = max(map(len, values.values()))
+    if n:
+      rows.append({'label': label, 'n': n, 'cells': [interval(v) if v else None for v in values.values()]})
+  return rows
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+  """Returns the mean and its 95 % percentile-bootstrap interval, resampling the values (a fixed seed)."""
+  values = np.asarray(values, np.float64)
+  resamples = np.random.default_rng(0).integers(len(values), size=(N_BOOTSTRAP, len(values)))
+  low, high = np.quantile(values[resamples].mean(1), (0.025, 0.975))
+  return float(values.mean()), float(low), float(high)
+
+
+def _notices(methods):
+  notices = []
+  weak = sorted({m['model'] for m in methods if m['model'] and WEAK_MODEL in m['model'].lower()})
+  if weak:
+    notices.append(
+      f'The explanations by {", ".join(weak)} are weak: it is a tiny model that runs anywhere and shows that the whole '
+      'path works, not what a language model can explain. Give train.explain a capable one to see that.'
+    )
+  for method in methods:
+    if unreadable := sum(method['statuses'].values()) - method['statuses']['ok']:
+      n = sum(method['statuses'].values())
+      notices.append(f'{method["label"]}: {unreadable} of {n} attempts have no score; its means are of the others.')
+  return notices
+
+
+def _scores_plot(methods):
+  groups = {}
+  for method in methods:
+    correlations = {row['label']: row['cells'][0] for row in method['rows'] if row['cells'][0]}
+    if correlations:
+      groups[method['label']] = correlations
+  return groups and markupsafe.Markup(plots.intervals(groups, 'Correlation of simulated with real activations'))
+
+
+def _number_cards(numbers):
+  cards = []
+  for name, value in numbers.items():
+    label, form, meaning = NUMBERS.get(name, (name.replace('_', ' '), '{:.4g}', ''))
+    cards.append({'label': label, 'value': 'not defined' if value is None else form.format(value), 'meaning': meaning})
+  return sorted(cards, key=lambda card: not card['meaning'])
+
+
+def _curves(name, rows):
+  x = 'tokens' if any('tokens' in row for row in rows) else 'step'
+  return [
+    markupsafe.Markup(plots.curve(rows, x, fields, title, log))
+    for title, fields, log in CURVES[name]
+    if any(row.get(field) is not None for row in rows for field in fields)
+  ]

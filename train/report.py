@@ -1,0 +1,127 @@
+"""Writes workdir/report.html: the run as one page that opens in any browser, without a network.
+
+It takes whatever the other commands left: sae/ and lm/metrics.jsonl, evaluation/metrics.json, records/, explanations/.
+What is not there, the page says, with the command that makes it. Made again only when one of these has changed.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import shlex
+import sys
+import time
+
+import numpy as np
+
+from jax_interp import records, store
+from jax_interp.report import components, page
+from models import pretrained
+from train import command
+
+KINDS = {'latent': 'latents', 'neuron': 'neurons'}
+MAX_BYTES = 8_000_000  # of embedded components: what a browser opens from disk in about a second
+
+
+def _read_jsonl(path):
+  return [json.loads(line) for line in store.read_lines(path)] if path.is_file() else []
+
+
+def _read_json(path):
+  return json.loads(path.read_text('utf-8')) if path.is_file() else {}
+
+
+def _made_from(config, paths) -> str:
+  """Returns a hash that changes when an input, the page's code or the settings do."""
+  code = [path for path in importlib.resources.files('jax_interp.report').iterdir() if path.is_file()]
+  stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted([*paths, *code])]
+  return hashlib.sha256(json.dumps([stats, config.to_json()]).encode()).hexdigest()[:16]
+
+
+def _chosen(explained, density_c, n_more, rng):
+  """Returns the numbers of the explained components, and of n_more others that are active."""
+  others = np.setdiff1d(np.flatnonzero(density_c > 0), explained)
+  return explained, sorted(rng.choice(others, min(n_more, len(others)), replace=False).tolist())
+
+
+def _components(config, folder, strings, explanations):
+  """Returns the components to show, the most wanted first, lazily, and how many there are of each kind."""
+  sites = {'latent': config.sae.site, 'neuron': f'h.{config.records.neurons_layer}.mlp.post_act'}
+  wanted, totals, read = ([], []), {}, {}
+  rng = np.random.default_rng(config.seed)
+  for kind, plural in KINDS.items():
+    read[kind] = lines, arrays = records.read(folder, plural)
+    totals[kind] = len(lines)
+    explained = sorted({e['component']['index'] for e in explanations if e['component']['kind'] == kind})
+    for part, indices in zip(
+      wanted, _chosen(explained, arrays['density'], config.report.n_components, rng), strict=True
+    ):
+      part.extend((kind, index) for index in indices)
+
+  def described():
+    for kind, index in [*wanted[0], *wanted[1]]:
+      lines, arrays = read[kind]
+      own = [e for e in explanations if e['component']['kind'] == kind and e['component']['index'] == index]
+      yield components.describe(kind, sites[kind], index, lines[index], arrays, strings, own)
+
+  return described(), totals
+
+
+def _facts(config, source, sae_rows, totals):
+  facts = {
+    'Subject model': source,
+    'Text': config.text.source,
+    'SAE reads': config.sae.site,
+    'Latents': f'{config.sae.n_latents:,}, of which {config.sae.k} are active on a token',
+  }
+  if sae_rows:
+    facts['SAE trained on'] = f'{sae_rows[-1]["tokens"]:,} tokens'
+  if totals:
+    facts['Excerpts chosen from'] = (
+      f'{config.records.n_windows:,} windows of {config.text.window} tokens of training text'
+    )
+  return facts
+
+
+def run(config, workdir):
+  """Writes the page, or returns when nothing that it shows has changed."""
+  path = workdir / 'report.html'
+  folders = [workdir / name for name in ('lm', 'sae', 'evaluation', 'records', 'explanations')]
+  inputs = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()]
+  made_from = _made_from(config, inputs)
+  if path.is_file() and f'content="{made_from}"' in path.read_text('utf-8')[:2000]:
+    print(f'{path} is up to date')
+    return
+  training = {name: _read_jsonl(workdir / name / 'metrics.jsonl') for name in ('sae', 'lm')}
+  numbers = _read_json(workdir / 'evaluation' / 'metrics.json')
+  explanations = [line for file in sorted((workdir / 'explanations').glob('*.jsonl')) for line in _read_jsonl(file)]
+  source = command.subject_source(config, workdir)
+  described, totals = (), {}
+  if has_records := all((workdir / 'records' / f'{plural}.npz').is_file() for plural in KINDS.values()):
+    strings = records.token_strings(pretrained.load_tokenizer(source))
+    described, totals = _components(config, workdir / 'records', strings, explanations)
+  found = {
+    'the training of the SAE': (training['sae'], 'train.sae'),
+    'the evaluation': (numbers, 'train.evaluate'),
+    'the latents and neurons': (has_records, 'train.records'),
+    'the explanations': (explanations, 'train.explain'),
+  }
+  html = page.render(
+    title=f'Latents of {config.sae.site}',
+    facts=_facts(config, source, training['sae'], totals),
+    made=time.strftime('%d %B %Y, %H:%M'),
+    command=shlex.join(['python', *sys.orig_argv[1:]]),
+    missing=[(what, f'python -m {module}') for what, (there, module) in found.items() if not there],
+    training={name: rows for name, rows in training.items() if rows},
+    numbers=numbers,
+    density=None,
+    explanations=explanations,
+    components=components.embed(described, MAX_BYTES),
+    totals=totals,
+    made_from=made_from,
+  )
+  store.write_lines(path, [html])
+  print(f'{path} is ready: {len(html.encode()) / 1e6:.1f} MB')
+
+
+if __name__ == '__main__':
+  command.main(run)
