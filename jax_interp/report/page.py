@@ -28,6 +28,7 @@ DENSITY_AXES = 'log10 of the fraction of tokens on which a latent is active', 'l
 
 # Metric -> label, format, and what it means and what is good.
 NUMBERS = {}
+TRAINED = {'sae': 'the sparse autoencoder', 'lm': 'the language model'}
 # Training log -> one plot a line: title, {field: label}, logarithmic.
 CURVES = {
   'sae': (
@@ -93,7 +94,7 @@ def render(
     scores_plot=_scores_plot(methods),
     numbers=_number_cards(numbers),
     density_plot=density and markupsafe.Markup(plots.bars(*density, 'How often latents are active', *DENSITY_AXES)),
-    training=[{'name': name, 'plots': _curves(name, rows)} for name, rows in training.items()],
+    training=[{'name': TRAINED[name], 'plots': _curves(name, rows)} for name, rows in training.items()],
     data=markupsafe.Markup(components_lib.dumps({**components, 'methods': labels})),
     css=text('report.css'),
     js=text('heat.js') + text('report.js'),

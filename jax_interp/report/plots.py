@@ -27,10 +27,7 @@ STYLE = {
   'grid.color': GRID,
   'grid.linewidth': 0.6,
   'legend.frameon': False,
-  **{
-    key: INK
-    for key in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color')
-  },
+  **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), INK),
 }
 
 
@@ -90,9 +87,9 @@ def intervals(groups: Mapping[str, Mapping[str, Sequence[float]]], title: str) -
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(title=title, yticks=range(len(groups)), yticklabels=list(groups), ylim=(len(groups) - 0.5, -0.5))
     axes.grid(axis='y', visible=False)
-    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12), ncols=len(series))
+    axes.figure.legend(loc='outside lower center', ncols=len(series))
 
-  return _svg(draw, (7.2, 0.9 + 0.55 * len(groups)), title)
+  return _svg(draw, (8, 1 + 0.6 * len(groups)), title)
 
 
 def _svg(draw, size: tuple[float, float], label: str) -> str:

@@ -19,6 +19,7 @@ function dense([positions, values], length) {
 
 const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value ?? 0)), 0);
 const number = (value, digits = 3) => (Number.isFinite(value) ? String(Number(value.toPrecision(digits))) : 'not known');
+const peakOf = (values) => values.indexOf(Math.max(...values.map((value) => value ?? -Infinity)));
 const tokensOf = (text) => data.texts[text].map((token) => data.tokens[token]);
 const visible = (token) => token.replace(/\r/g, '␍').replace(/\t/g, '⇥').replace(/\n/g, state.keepLines ? '↵\n' : '↵');
 
@@ -34,10 +35,10 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-function heatMap(text, values, scale, simulated = null, simulatedScale = 0) {
+function heatMap(tokens, values, scale, simulated = null, simulatedScale = 0) {
   const row = element('p', { class: simulated ? 'tokens both' : 'tokens' });
-  const peak = simulated ? -1 : values.indexOf(Math.max(...values.map((value) => value ?? -Infinity)));
-  tokensOf(text).forEach((token, i) => {
+  const peak = simulated ? -1 : peakOf(values);
+  tokens.forEach((token, i) => {
     const span = element('span', { 'data-value': values[i] === null ? 'not known' : number(values[i]) }, visible(token));
     const images = [paint(heat(values[i], scale))];
     if (simulated) {
@@ -57,8 +58,7 @@ const values = (excerpt) => dense(excerpt.values, data.texts[excerpt.text].lengt
 function excerptList(excerpts, scale) {
   const item = (excerpt) => {
     const row = values(excerpt);
-    const most = Math.max(...row.map((value) => value ?? -Infinity));
-    return element('li', {}, element('data', { value: most, title: 'largest activation' }, number(most)), heatMap(excerpt.text, row, scale));
+    return element('li', {}, element('data', { title: 'largest activation' }, number(row[peakOf(row)])), heatMap(tokensOf(excerpt.text), row, scale));
   };
   const list = element('ol', { class: 'excerpts' }, ...excerpts.slice(0, FIRST).map(item));
   if (excerpts.length <= FIRST) return list;
@@ -85,8 +85,9 @@ function svg(tag, attributes, text = '') {
 function histogram({ counts, edges }) {
   const [width, height, left, bottom] = [360, 130, 44, 20];
   const top = Math.max(1, Math.ceil(Math.log10(Math.max(...counts, 1))));
+  const bottomLog = Math.log10(0.5); // not 0: a single token must be seen
   const x = (bin) => left + ((width - left - 8) * bin) / counts.length;
-  const y = (log) => 8 + (height - bottom - 8) * (1 - log / top);
+  const y = (log) => 8 + ((height - bottom - 8) * (top - log)) / (top - bottomLog);
   const label = `How many tokens are active, by activation, from ${number(edges[0])} to ${number(edges.at(-1))}; log scale`;
   const plot = svg('svg', { viewBox: `0 0 ${width} ${height}`, class: 'histogram', role: 'img', 'aria-label': label });
   for (let log = 0; log <= top; log += Math.ceil(top / 3)) {
@@ -94,9 +95,8 @@ function histogram({ counts, edges }) {
     plot.append(svg('text', { x: left - 6, y: y(log) + 4, 'text-anchor': 'end' }, (10 ** log).toLocaleString('en')));
   }
   counts.forEach((count, bin) => {
-    // A single token must be seen: on a log scale its bar would have no height, so bars begin below 1.
-    const from = count ? Math.log10(count) + 0.06 * top : 0;
-    const bar = svg('rect', { x: x(bin) + 0.5, width: x(1) - x(0) - 1, y: y(Math.min(from, top)), height: y(0) - y(Math.min(from, top)) });
+    const from = y(count ? Math.log10(count) : bottomLog);
+    const bar = svg('rect', { x: x(bin) + 0.5, width: x(1) - x(0) - 1, y: from, height: y(bottomLog) - from });
     bar.append(svg('title', {}, `${number(edges[bin])} to ${number(edges[bin + 1])}: ${count.toLocaleString('en')} tokens`));
     plot.append(bar);
   });
@@ -137,7 +137,7 @@ function realAndSimulated(sequences) {
   details.addEventListener('toggle', () => details.append(
     element('p', { class: 'tools' }, `Behind the text: real, up to ${number(realScale)}. Strip below: simulated, up to ${number(simulatedScale)}.`),
     element('ol', { class: 'excerpts' }, ...rows.map((row) =>
-      element('li', {}, element('data', {}, row.split), heatMap(row.text, row.real, realScale, row.simulated, simulatedScale))))), { once: true });
+      element('li', {}, element('data', {}, row.split), heatMap(tokensOf(row.text), row.real, realScale, row.simulated, simulatedScale))))), { once: true });
   return details;
 }
 
@@ -180,7 +180,7 @@ function detail(component) {
     section('Explanations', ...(component.explanations.length ? component.explanations.map(explanationCard)
       : [element('p', {}, 'None yet: it is not among the components that train.explain was asked for.')])),
     element('section', { class: 'pair-of-panels' },
-      section('Activations of active tokens', histogram(component.histogram)),
+      section('Activations of active tokens', component.max > 0 ? histogram(component.histogram) : element('p', {}, 'None is active.')),
       element('div', {}, element('h3', {}, 'Tokens it promotes'), chips(component.promoted),
         element('h3', {}, 'Tokens it suppresses'), chips(component.suppressed))),
     section('Strongest excerpts',
@@ -203,10 +203,7 @@ const SORTS = {
 };
 
 function haystack(component) {
-  const peaks = component.top.map((excerpt) => {
-    const row = values(excerpt);
-    return data.tokens[data.texts[excerpt.text][row.indexOf(Math.max(...row.map((v) => v ?? -Infinity)))]];
-  });
+  const peaks = component.top.map((excerpt) => tokensOf(excerpt.text)[peakOf(values(excerpt))]);
   return [component.index, ...component.explanations.map((e) => e.explanation), ...component.promoted, ...peaks].join('\n').toLowerCase();
 }
 const haystacks = new Map();
@@ -234,7 +231,7 @@ function list() {
   });
   const rows = state.listed.map((component) => element('li', {}, element('a', { href: link(component) },
     element('b', {}, String(component.index)),
-    element('span', {}, visible(explanationText(component, key.split(':')[1]) ?? component.promoted.join(' '))),
+    element('span', {}, visible(explanationText(component, key.split(':')[1]) ?? `promotes ${component.promoted.join(' ')}`)),
     element('data', {}, key === 'index' || value(component) === null ? '' : number(value(component), 2)))));
   byId('list').replaceChildren(...rows);
   byId('count').textContent = `${state.listed.length} of ${own.length} ${state.kind}s`;
@@ -282,8 +279,10 @@ function featured() {
   const chosen = data.components.filter((c) => c.kind === 'latent' && c.top.length).sort((a, b) => best(b) - best(a)).slice(0, 6);
   byId('featured').replaceChildren(...chosen.map((component) => {
     const row = values(component.top[0]);
+    const around = [Math.max(0, peakOf(row) - 16), peakOf(row) + 9];
     return element('a', { class: 'card', href: link(component) }, element('h3', {}, name(component)),
-      element('p', {}, explanationText(component) ?? ''), heatMap(component.top[0].text, row, largest(row)));
+      element('p', { class: 'clamped' }, explanationText(component) ?? ''),
+      heatMap(tokensOf(component.top[0].text).slice(...around), row.slice(...around), largest(row)));
   }));
 }
 

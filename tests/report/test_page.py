@@ -15,7 +15,23 @@ from jax_interp.report import components, page
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 browser = pytest.mark.skipif(CHROMIUM is None, reason='needs chromium')
 HOSTILE = ['<b>', '</b>', '&amp;', '\n', '  two', '\t', '🙂', '\ufffd', '</script>', '<!--', '\u2028', '\'"', '日本']
-WORDS = ' the| of| a|Returns| array|.|,| if|(|)| shape| float|\n|    | None|def| axis| x|=| type'.split('|') + HOSTILE
+WORDS = [
+  ' the',
+  ' of',
+  ' a',
+  'Returns',
+  ' array',
+  '.',
+  ',',
+  ' if',
+  '(',
+  ')',
+  ' shape',
+  ' float',
+  '\n',
+  '    ',
+  *HOSTILE,
+]
 STRINGS = [f' tok{i}' for i in range(40)] + WORDS
 N_TOKENS, N_BINS = 64, 20
 SCORES = ('ev_correlation', 'rsquared', 'absolute_dev_explained')
@@ -40,7 +56,7 @@ def explanation(rng, component, method, status='ok', model=None):
     sequences.append({'split': split, 'tokens': e['tokens'], 'true': e['activations'], 'simulated': simulated.tolist()})
   return {
     **line,
-    'explanation': f'<i>tokens</i> like {rng.choice(WORDS)!r} after a list & so on',
+    'explanation': f'<i>tokens</i> like {str(rng.choice(WORDS))!r} after a list & so on',
     'scores': {**score(0.5), 'random_only': score(0.2)},
     'nulls': {'other_explanation': score(0.05), 'constant': {**score(-0.1), 'ev_correlation': None}},
     'sequences': sequences,
@@ -219,7 +235,7 @@ def test_a_run_without_anything_says_what_is_missing(tmp_path):
   source = page.render(**empty)
   assert 'Missing: the latents and neurons.' in source
   assert 'python -m train.records' in source
-  for heading in ('id="scores"', 'id="numbers"', 'id="featured"', 'Training:'):
+  for heading in ('id="scores"', 'id="numbers"', 'id="featured"', 'Training of'):
     assert heading not in source
 
 
