@@ -27,7 +27,7 @@ def _record_kind(folder, kind, subject, windows, site, sae, settings, seed):
   def batches(step):
     found = records.batches(subject.model, windows, site, sae, batch_size=settings.batch_size)
     n_batches, scale = len(windows) // settings.batch_size, settings.batch_size
-    for batch in command.progress(found, n_batches, f'{kind}, {step} of 2', 'windows', scale=scale):
+    for batch in command.progress(found, n_batches, f'train.records: {kind}, pass {step} of 2', 'windows', scale=scale):
       if command.stopping():
         raise command.Stopped(f'{folder} keeps the kinds that are finished; the same command begins {kind} anew')
       yield batch
@@ -57,7 +57,7 @@ def _record_kind(folder, kind, subject, windows, site, sae, settings, seed):
     'promoted_tokens': promoted,
     'suppressed_tokens': suppressed,
   }
-  records.write(folder, kind, command.progress(lines, len(max_c), f'{kind}, writing', kind), arrays)
+  records.write(folder, kind, command.progress(lines, len(max_c), f'train.records: {kind}, writing', kind), arrays)
 
 
 def run(config, workdir):
@@ -74,6 +74,11 @@ def run(config, workdir):
   subject = command.subject(config, workdir)
   windows = command.windows(config, workdir, subject.tokenizer, 'train')
   n_windows = min(settings.n_windows, len(windows)) // settings.batch_size * settings.batch_size
+  if not n_windows:
+    raise ValueError(
+      f'records.n_windows {settings.n_windows} or the {len(windows)} windows of text are fewer than records.batch_size '
+      f'{settings.batch_size}; shrink the batch'
+    )
   kinds = {
     'latents': (config.sae.site, sae_lib.load_sae(workdir / 'sae' / 'final')),
     'neurons': (f'h.{settings.neurons_layer}.mlp.post_act', None),

@@ -43,7 +43,7 @@ def means(
   sum_vc = np.asarray(sum_vc)
   count_vc = np.repeat(np.bincount(windows.ravel(), minlength=n_vocab)[:, None], n_components, 1)
   for count_v, excluded_e in zip(count_vc.T, excluded_ce, strict=True):
-    excluded = np.unique(excluded_e[excluded_e >= 0])
+    excluded = np.unique(excluded_e[(excluded_e >= 0) & (excluded_e < len(windows))])
     count_v -= np.bincount(windows[excluded].ravel(), minlength=n_vocab)
   overall_c = sum_vc.sum(0) / np.maximum(count_vc.sum(0), 1)
   return np.where(count_vc, sum_vc / np.maximum(count_vc, 1), overall_c).astype(np.float32), count_vc
