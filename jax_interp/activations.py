@@ -88,8 +88,9 @@ def shuffled_batches(
 ) -> Iterator[np.ndarray]:
   """Yields shuffled activations [batch_size, d] without end; every token's row comes exactly once an epoch.
 
-  Each epoch permutes blocks of neighbouring examples, fills a buffer with the next of them and permutes its rows. A batch is
-  a function of the seed and its number: a checkpoint need keep no more than the step, and resuming rereads one buffer.
+  Each epoch permutes blocks of neighbouring examples, fills a buffer with the next of them and permutes its rows. A
+  batch is a function of the seed and its number: a checkpoint need keep no more than the step, and resuming rereads
+  one buffer.
 
   Args:
     read: int [n], ascending -> activations [n, n_tokens, ...]; `ActivationStore.reader(site)` or `live_reader`.
