@@ -29,15 +29,15 @@ DENSITY_AXES = 'log10 of the fraction of tokens on which a latent is active', 'l
 # Metric -> label, format, and what it means and what is good.
 NUMBERS = {}
 TRAINED = {'sae': 'the sparse autoencoder', 'lm': 'the language model'}
-# Training log -> one plot a line: title, {field: label}, logarithmic.
+# Training log -> one plot a line: title, {field: label}.
 CURVES = {
   'sae': (
-    ('Loss', {'loss': 'loss'}, True),
-    ('Normalized MSE', {'normalized_mse': 'normalized MSE'}, True),
-    ('Dead latents', {'dead_latents': 'dead latents'}, False),
-    ('L0, active latents a token', {'l0': 'L0'}, False),
+    ('Loss', {'loss': 'loss'}),
+    ('Normalized MSE', {'normalized_mse': 'normalized MSE'}),
+    ('Dead latents', {'dead_latents': 'dead latents'}),
+    ('L0, active latents a token', {'l0': 'L0'}),
   ),
-  'lm': (('Loss, nats a token', {'loss': 'train', 'held_out_loss': 'held out'}, False),),
+  'lm': (('Loss, nats a token', {'loss': 'train', 'held_out_loss': 'held out'}),),
 }
 
 
@@ -181,7 +181,7 @@ def _number_cards(numbers):
 def _curves(name, rows):
   x = 'tokens' if any('tokens' in row for row in rows) else 'step'
   return [
-    markupsafe.Markup(plots.curve(rows, x, fields, title, log))
-    for title, fields, log in CURVES[name]
+    markupsafe.Markup(plots.curve(rows, x, fields, title))
+    for title, fields in CURVES[name]
     if any(row.get(field) is not None for row in rows for field in fields)
   ]

@@ -31,7 +31,7 @@ STYLE = {
 }
 
 
-def curve(rows: Sequence[Mapping], x: str, fields: Mapping[str, str], title: str, log: bool = False) -> str:
+def curve(rows: Sequence[Mapping], x: str, fields: Mapping[str, str], title: str) -> str:
   """Returns a line plot of some fields of a metrics log.
 
   Args:
@@ -39,14 +39,14 @@ def curve(rows: Sequence[Mapping], x: str, fields: Mapping[str, str], title: str
     x: the field of the horizontal axis.
     fields: {field: label}; one label alone needs no legend.
     title: above the plot.
-    log: whether the vertical axis is logarithmic.
   """
 
   def draw(axes):
     for colour, (field, label) in zip(SERIES, fields.items(), strict=False):
       points = [(row[x], row[field]) for row in rows if row.get(field) is not None]
       axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
-    axes.set(title=title, xlabel=x, yscale='log' if log else 'linear')
+    axes.set(title=title, xlabel=x)
+    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
     if len(fields) > 1:

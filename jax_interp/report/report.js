@@ -58,7 +58,7 @@ const values = (excerpt) => dense(excerpt.values, data.texts[excerpt.text].lengt
 function excerptList(excerpts, scale) {
   const item = (excerpt) => {
     const row = values(excerpt);
-    return element('li', {}, element('data', { title: 'largest activation' }, number(row[peakOf(row)])), heatMap(tokensOf(excerpt.text), row, scale));
+    return element('li', {}, element('span', { class: 'value', title: 'largest activation' }, number(row[peakOf(row)])), heatMap(tokensOf(excerpt.text), row, scale));
   };
   const list = element('ol', { class: 'excerpts' }, ...excerpts.slice(0, FIRST).map(item));
   if (excerpts.length <= FIRST) return list;
@@ -137,7 +137,7 @@ function realAndSimulated(sequences) {
   details.addEventListener('toggle', () => details.append(
     element('p', { class: 'tools' }, `Behind the text: real, up to ${number(realScale)}. Strip below: simulated, up to ${number(simulatedScale)}.`),
     element('ol', { class: 'excerpts' }, ...rows.map((row) =>
-      element('li', {}, element('data', {}, row.split), heatMap(tokensOf(row.text), row.real, realScale, row.simulated, simulatedScale))))), { once: true });
+      element('li', {}, element('span', { class: 'value' }, row.split), heatMap(tokensOf(row.text), row.real, realScale, row.simulated, simulatedScale))))), { once: true });
   return details;
 }
 
@@ -161,11 +161,6 @@ function detail(component) {
   const excerpts = [...component.top, ...component.random, ...component.quantiles.flat()];
   const all = excerpts.flatMap(values);
   const scale = largest(all);
-  const place = state.listed.indexOf(component);
-  const step = (by, label) => {
-    const to = state.listed[place + by];
-    return to && place >= 0 ? element('a', { href: link(to), rel: by < 0 ? 'prev' : 'next' }, label) : null;
-  };
   const often = component.density > 0
     ? `active on ${number(100 * component.density)} % of tokens, 1 in ${Math.round(1 / component.density).toLocaleString('en')}`
     : 'never active in the text that was read';
@@ -175,7 +170,7 @@ function detail(component) {
   const bounds = component.quantile_boundaries ?? [];
   return [
     element('div', { class: 'title' }, element('h2', {}, name(component)), element('small', {}, component.site),
-      element('nav', { 'aria-label': 'Neighbours' }, step(-1, '← previous'), step(1, 'next →'))),
+      element('nav', { id: 'neighbours', 'aria-label': 'Neighbours' })),
     element('p', {}, `${often}; largest activation ${number(component.max)}; mean ${number(component.mean)}`),
     section('Explanations', ...(component.explanations.length ? component.explanations.map(explanationCard)
       : [element('p', {}, 'None yet: it is not among the components that train.explain was asked for.')])),
@@ -232,18 +227,28 @@ function list() {
   const rows = state.listed.map((component) => element('li', {}, element('a', { href: link(component) },
     element('b', {}, String(component.index)),
     element('span', {}, visible(explanationText(component, key.split(':')[1]) ?? `promotes ${component.promoted.join(' ')}`)),
-    element('data', {}, key === 'index' || value(component) === null ? '' : number(value(component), 2)))));
+    element('span', { class: 'value' }, key === 'index' || value(component) === null ? '' : number(value(component), 2)))));
   byId('list').replaceChildren(...rows);
   byId('count').textContent = `${state.listed.length} of ${own.length} ${state.kind}s`;
   mark();
 }
 
+const neighbour = (by) => state.listed.includes(state.component) ? state.listed[state.listed.indexOf(state.component) + by] : undefined;
+
+/** Marks the component that is shown in the list, and links it to those before and after it there. */
 function mark() {
   for (const a of byId('list').querySelectorAll('a')) {
     const current = state.component !== null && a.getAttribute('href') === link(state.component);
-    a.toggleAttribute('aria-current', current);
+    setCurrent(a, current);
     if (current && innerWidth > 800) a.scrollIntoView({ block: 'nearest' });
   }
+  const steps = [[-1, 'prev', '← previous'], [1, 'next', 'next →']].filter(([by]) => neighbour(by));
+  byId('neighbours')?.replaceChildren(...steps.map(([by, rel, label]) => element('a', { href: link(neighbour(by)), rel }, label)));
+}
+
+function setCurrent(link, current) {
+  if (current) link.setAttribute('aria-current', 'true');
+  else link.removeAttribute('aria-current');
 }
 
 // What the URL says
@@ -253,7 +258,7 @@ function show() {
   byId('overview').hidden = match !== null;
   byId('explorer').hidden = match === null;
   for (const tab of document.querySelectorAll('[data-view]')) {
-    tab.toggleAttribute('aria-current', tab.dataset.view === (match?.[1] ?? 'overview'));
+    setCurrent(tab, tab.dataset.view === (match?.[1] ?? 'overview'));
   }
   if (match === null) {
     byId(location.hash.slice(1))?.scrollIntoView();
@@ -305,7 +310,7 @@ function keys(event) {
     byId('search').focus();
   }
   const by = { j: 1, k: -1, ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  const to = by && !byId('explorer').hidden && state.listed[state.listed.indexOf(state.component) + by];
+  const to = by && !byId('explorer').hidden && neighbour(by);
   if (to) location.hash = link(to);
 }
 
