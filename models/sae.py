@@ -1,7 +1,8 @@
 """The TopK sparse autoencoder (Gao et al. 2024): activations to k active latents and back, and its folder on disk.
 
-A plain pytree of float32 parameters on the ambient mesh, both matrices stored [latent, d] with latents over `model`. Inputs are
-normalised on the way in and the normalisation is undone on the way out, so callers see only activations as the model has them.
+A plain pytree of float32 parameters on the ambient mesh, both matrices stored [latent, d] with latents over `model`.
+Inputs are normalised on the way in and the normalisation is undone on the way out, so callers see only activations as
+the model has them.
 """
 
 import json
@@ -40,8 +41,9 @@ class SparseAutoencoder(nnx.Module):
     pre_bias: [d].
     latent_bias: [l].
     k: latents that stay on; exactly k are selected, fewer are positive where pre-activations are not.
-    normalization: 'none'; 'layer_norm_std': minus the mean over d, divided by the standard deviation (n - 1) + 1e-5, as OpenAI's
-      released GPT-2 SAEs do; 'unit_norm': minus the mean over d, scaled to norm 1, as the paper says.
+    normalization: 'none'; 'layer_norm_std': minus the mean over d, divided by the standard deviation (of d - 1 degrees
+      of freedom) + 1e-5, as for OpenAI's released GPT-2 SAEs; 'unit_norm': minus the mean over d, scaled to norm 1, as
+      in the paper.
 
   Raises:
     ValueError: k is not within 1 and n_latents, the mesh does not divide n_latents, or the normalisation is unknown.
@@ -79,7 +81,7 @@ class SparseAutoencoder(nnx.Module):
     return jnp.where(topk_mask(preacts, self.k), jax.nn.relu(preacts), 0), norm
 
   def encode_topk(self, x: jax.Array) -> tuple[jax.Array, jax.Array, InputNorm]:
-    """Returns the values [..., k] and indices [..., k] of the k latents that stay on, largest first, and the normalisation."""
+    """Returns values and indices [..., k] of the k latents that stay on, largest first, and the normalisation."""
     normed, norm = self.normalize(x)
     values, indices = sharded_topk(self.preacts(normed), self.k)
     return jax.nn.relu(values), indices, norm
@@ -109,8 +111,8 @@ def unit_rows(w_ld: jax.Array) -> jax.Array:
 def geometric_median(x_bd: jax.Array, n_iterations: int = 100, eps: float = 1e-8) -> jax.Array:
   """Returns the point [d] with the least sum of distances to x_bd, by Weiszfeld's algorithm, in float32.
 
-  Each iteration averages the rows weighted by 1 / (distance + eps), beginning at the mean; eps, in the units of x, lets the
-  iteration pass through a data point.
+  Each iteration averages the rows weighted by 1 / (distance + eps), beginning at the mean; eps, in the units of x, lets
+  the iteration pass through a data point.
   """
 
   def step(_, median_d):
@@ -126,9 +128,9 @@ def init_sae(
 ) -> SparseAutoencoder:
   """Returns a freshly initialised SAE on the ambient mesh, by the rules of OpenAI's released trainer.
 
-  The encoder is uniform within 1/sqrt(d), the decoder its rows at unit norm, latent_bias 0, and pre_bias the geometric median of
-  the normalised sample. With `rescale` the encoder is then divided by the mean norm of the reconstructions of 256 random unit
-  vectors, so that they come back with about norm 1. The numbers do not depend on the mesh.
+  The encoder is uniform within 1/sqrt(d), the decoder its rows at unit norm, latent_bias 0, and pre_bias the geometric
+  median of the normalised sample. With `rescale` the encoder is then divided by the mean norm of the reconstructions of
+  256 random unit vectors, so that they come back with about norm 1. The numbers do not depend on the mesh.
 
   Raises:
     ValueError: as `SparseAutoencoder`.
@@ -187,4 +189,5 @@ def load_sae(folder: str | pathlib.Path) -> SparseAutoencoder:
   arrays = safetensors.load_file(folder / 'sae.safetensors')
   sharding.check_divides('n_latents', len(arrays['latent_bias']), 'model')
   dims = ('latent d_model', 'latent d_model', 'd_model', 'latent')
-  return SparseAutoencoder(*(sharding.place(arrays[name], dim) for name, dim in zip(PARAMETERS, dims, strict=True)), **config)
+  placed = {name: sharding.place(arrays[name], dim) for name, dim in zip(PARAMETERS, dims, strict=True)}
+  return SparseAutoencoder(**placed, **config)

@@ -1,8 +1,9 @@
 """Exact top-k over latents that are sharded over the mesh axis `model`: ties go to the lowest index, whatever the mesh.
 
-XLA cannot partition a top-k: left to itself it gathers the whole pre-activations. Here every shard takes the top-k of its own
-latents, only those k values travel, and one cut over all of them tells each shard how many of its candidates win.
-`local_topk` and `wins` are called inside `jax.shard_map`; `topk_mask` is the ready-made map for dense pre-activations.
+XLA cannot partition a top-k: left to itself it gathers the whole pre-activations. Here every shard takes the top-k of
+its own latents, only those k values travel, and one cut over all of them tells each shard how many of its candidates
+win. `local_topk` and `wins` are called inside `jax.shard_map`; `topk_mask` is the ready-made map for dense
+pre-activations.
 """
 
 import jax
@@ -14,25 +15,25 @@ MIN_GROUPS_PER_K = 4  # with fewer groups than this times k, choosing the groups
 
 
 def _topk(x_bl, k):
-  # The barriers keep later slices of the results from turning XLA's top-k into a full sort, 5 to 150 times slower on a CPU.
+  # The barriers keep later slices of the results from turning a top-k into a full sort, 5 to 150 times slower on a CPU.
   # One barrier around both results crashes the compiler where there are several devices (jax 0.10.2).
   values_bk, indices_bk = jax.lax.top_k(x_bl, k)
   return jax.lax.optimization_barrier(values_bk), jax.lax.optimization_barrier(indices_bk)
 
 
 def _ascending(indices_bk):
-  """Sorts each row of distinct indices by counting, k^2 comparisons: for small k far cheaper than XLA's sort on a CPU."""
+  """Sorts each row of distinct indices by counting: for small k, k^2 comparisons cost less than a sort."""
   rank_bk = jnp.sum(indices_bk[:, None, :] < indices_bk[:, :, None], axis=2)
   places = jnp.arange(indices_bk.shape[1])
   return jnp.sum(jnp.where(rank_bk[:, :, None] == places, indices_bk[:, :, None], 0), axis=1)
 
 
 def local_topk(x_bl: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Returns values_bk and indices_bk of the k largest, in descending order, ties by lowest index: `jax.lax.top_k`, but faster.
+  """Returns values_bk and indices_bk of the k largest, descending, ties by lowest index: a faster `jax.lax.top_k`.
 
-  Two stages: the k groups with the largest maxima hold every winner, because a winner outside them would mean k larger values.
-  Groups are strided (latents i, i + n_groups, ...), so that their maxima vectorise. Where the k-th and the next maximum tie in
-  any row the choice of groups is ambiguous, and plain top-k decides.
+  Two stages: the k groups with the largest maxima hold every winner, because a winner outside them would mean k larger
+  values. Groups are strided (latents i, i + n_groups, ...), so that their maxima vectorise. Where the k-th and the next
+  maximum tie in any row the choice of groups is ambiguous, and plain top-k decides.
   """
   n_rows, n_latents = x_bl.shape
   n_groups = n_latents // GROUP_SIZE
@@ -54,8 +55,8 @@ def local_topk(x_bl: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def wins(values_bk: jax.Array, ks: tuple[int, ...]) -> list[jax.Array]:
   """Returns, for each k of ks, the mask_bk of this shard's candidates that are among the k largest of all shards.
 
-  Each shard's candidates are in descending order and shards are in the order of their latents, so the first of equal values in
-  the gathered row is the one of lowest index. Values travel, b * k of them a shard; indices do not.
+  Each shard's candidates are in descending order and shards are in the order of their latents, so the first of equal
+  values in the gathered row is the one of lowest index. Values travel, b * k of them a shard; indices do not.
   """
   n_shards, n_candidates = jax.lax.axis_size('model'), values_bk.shape[1]
   places_k = jnp.arange(n_candidates)
@@ -74,7 +75,7 @@ def scatter_mask(indices_bk: jax.Array, mask_bk: jax.Array, n_latents: int) -> j
 
 
 def latent_spec(shape: tuple[int, ...]) -> P:
-  """Returns the PartitionSpec of [..., latent]: the first axis over `data` where that divides it, latents over `model`."""
+  """Returns the PartitionSpec of [..., latent]: latents over `model`, the first axis over `data` if that divides it."""
   n_data = jax.sharding.get_abstract_mesh().shape['data']
   batch = ['data' if shape[0] % n_data == 0 else None] if len(shape) > 1 else []
   return P(*batch, *[None] * (len(shape) - 2), 'model')
@@ -94,7 +95,7 @@ def topk_mask(preacts: jax.Array, k: int) -> jax.Array:
 
 
 def sharded_topk(preacts: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Returns values and indices [..., k] of the k largest pre-activations of every row, in descending order, on every shard."""
+  """Returns values and indices [..., k] of the k largest pre-activations of every row, descending, ties by index."""
 
   def gather_topk(preacts):
     rows_bl = preacts.reshape(-1, preacts.shape[-1])

@@ -1,7 +1,8 @@
-"""What an SAE is trained on: normalised MSE at one or several k, AuxK for dead latents, and their gradients, in one shard_map.
+"""What an SAE is trained on: normalised MSE at one or several k and AuxK, with their gradients, in one shard_map.
 
-Takes an SAE and normalised activations x_bd, gives metrics, gradients and the dead clock. Tokens are cut over `data`, latents
-over `model`; between shards travel the top-k candidates, the reconstructions and the gradients, never [batch, latent].
+Takes an SAE and normalised activations x_bd, gives metrics, gradients and the dead clock. Tokens are cut over `data`,
+latents over `model`; between shards travel the top-k candidates, the reconstructions and the gradients, never [batch,
+latent].
 """
 
 import dataclasses
@@ -16,8 +17,8 @@ from jax_interp.sae.sparse import sparse_dot, weighted_sum
 from models.sae import SparseAutoencoder
 from models.topk import local_topk, scatter_mask, wins
 
-ENCODE_ROWS = 1024  # tokens encoded at a time: their pre-activations stay in cache and are never allocated for the whole batch
-AUXK_BUCKET_RATIO = 4
+ENCODE_ROWS = 1024  # tokens encoded at a time, so that pre-activations of the whole batch are never allocated
+AUXK_BUCKET_RATIO = 8  # every bucket is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ def _candidates(centred_bd, encoder_ld, latent_bias_l, k):
 def _auxk(params, centred_bd, error_bd, dead_l, auxk):
   """The normalised MSE of reconstructing the error by the auxk largest dead latents; 0, at no cost, when none is dead.
 
-  As in OpenAI's trainer the reconstruction includes pre_bias, which is added to the target as a constant, and the denominator
-  is the error's variance over the batch. The dead latents are compacted into the smallest bucket that holds them, and are
-  encoded and decoded densely: gathering auxk rows a token would move far more.
+  As in OpenAI's trainer the reconstruction includes pre_bias, which is added to the target as a constant, and the
+  denominator is the error's variance over the batch. The dead latents are compacted into the smallest bucket that holds
+  them, and are encoded and decoded densely: gathering auxk rows a token would move far more.
   """
   encoder_ld, decoder_ld, pre_bias_d, latent_bias_l = params
   n_local, n_shards = len(encoder_ld), jax.lax.axis_size('model')
@@ -104,8 +105,8 @@ def loss_and_grads(
   Args:
     sae: parameters; its own `k` is not used, the levels of the objective are.
     x_bd: normalised activations.
-    tokens_since_fired_l: int32, tokens since each latent was last positive. A latent fires at any value above 0: OpenAI's
-      threshold of 1e-3 depends on the input's scale, and the normalisations differ by sqrt(d - 1).
+    tokens_since_fired_l: int32, tokens since each latent was last positive. A latent fires at any value above 0:
+      OpenAI's threshold of 1e-3 depends on the input's scale, and the normalisations differ by sqrt(d - 1).
     mse_scale: 1 / `variance` of a sample, frozen.
     objective: static.
   """
@@ -125,8 +126,8 @@ def loss_and_grads(
     values_bk = jax.nn.relu(sparse_dot(centred_bd, encoder_ld, indices_bk) + latent_bias_l[indices_bk])
     losses, errors = [], []
     for mask_bk in masks:
-      recons_bd = jax.lax.psum(weighted_sum(jnp.where(mask_bk, values_bk, 0), decoder_ld, indices_bk), 'model') + pre_bias_d
-      errors.append(x_bd - recons_bd)
+      local_bd = weighted_sum(jnp.where(mask_bk, values_bk, 0), decoder_ld, indices_bk)
+      errors.append(x_bd - (jax.lax.psum(local_bd, 'model') + pre_bias_d))
       losses.append(mse_scale * _mse(errors[-1]))
 
     fired_bk = masks[0] & (values_bk > 0)
@@ -141,7 +142,8 @@ def loss_and_grads(
     if objective.auxk:
       params = encoder_ld, decoder_ld, pre_bias_d, latent_bias_l
       auxk = _auxk(params, centred_bd, jax.lax.stop_gradient(errors[0]), dead_l, objective.auxk)
-    total = sum(weight * x for (_, weight), x in zip(objective.levels, losses, strict=True)) + objective.auxk_coef * auxk
+    total = sum(weight * x for (_, weight), x in zip(objective.levels, losses, strict=True))
+    total += objective.auxk_coef * auxk
     n_dead = jax.lax.psum(dead_l.sum(), 'model')
     metrics = {'loss': total, 'auxk': auxk, 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
     return total, (metrics, tokens_since_fired_l)

@@ -1,7 +1,8 @@
 """Products of a few rows of a large matrix with a batch, and their gradients, without the dense [batch, latent] array.
 
-Each is a scan over the k rows of a token: on a CPU 5 to 15 times faster than one gather or scatter of [batch, k, d], which is
-never made. The two are each other's derivatives, so both backward passes are written with the same three scans.
+Each is a scan over the k rows of a token: on a CPU 5 to 15 times faster than one gather or scatter of [batch, k, d],
+which is never made. The two are each other's derivatives, so both backward passes are written with the same three
+scans.
 """
 
 import jax
@@ -31,9 +32,7 @@ def _weighted_sum(values_bk, w_ld, indices_bk):
 
 def _outer_sum(values_bk, x_bd, indices_bk, n_latents):
   """out_ld = the sum of values_bk x_bd over all b and k with indices_bk = l."""
-  add = lambda sum_ld, values_b, indices_b: sum_ld.at[indices_b].add(
-    values_b[:, None] * x_bd, mode='promise_in_bounds'
-  )
+  add = lambda sum_ld, values_b, indices_b: sum_ld.at[indices_b].add(values_b[:, None] * x_bd, mode='promise_in_bounds')
   return _sum_over_k(add, jnp.zeros((n_latents, x_bd.shape[1])), values_bk, indices_bk)
 
 

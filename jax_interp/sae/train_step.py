@@ -1,8 +1,9 @@
-"""One jitted call that takes a training state and a few batches of activations, and gives the next state and its metrics.
+"""One jitted call: a training state and a few batches of activations in, the next state and its metrics out.
 
-The order within a step: loss and gradients with a decoder of exactly unit norm; the decoder's gradient loses its component along
-each row; clip and Adam; the decoder's rows return to unit norm; the average takes up the new weights. OpenAI's trainer
-renormalises before Adam and averages the old weights, so that its decoder is one Adam step off unit norm; here it never is.
+The order within a step: loss and gradients with a decoder of exactly unit norm; the decoder's gradient loses its
+component along each row; clip and Adam; the decoder's rows return to unit norm; the average takes up the new weights.
+OpenAI's trainer renormalises before Adam and averages the old weights, so that its decoder is one Adam step off unit
+norm; here it never is.
 """
 
 import functools
@@ -28,7 +29,9 @@ class TrainState(NamedTuple):
   step: jax.Array
 
 
-def adam(learning_rate: float, warmup_steps: int, eps: float = 6.25e-10, clip: float = 0) -> optax.GradientTransformation:
+def adam(
+  learning_rate: float, warmup_steps: int, eps: float = 6.25e-10, clip: float = 0
+) -> optax.GradientTransformation:
   """Returns Adam with a linear warm-up to a constant rate, after a clip of the global norm where `clip` is above 0."""
   schedule = lambda step: learning_rate * jnp.minimum(1, (step + 1) / max(warmup_steps, 1))
   return optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.adam(schedule, eps=eps))
@@ -94,7 +97,7 @@ def train_steps(
 
 
 def trained_sae(state: TrainState, ema: float = 0) -> SparseAutoencoder:
-  """Returns the SAE to keep: the average of the weights, corrected for its start, its decoder at unit norm, or the weights."""
+  """Returns the SAE to keep: the weights, or their average, corrected for its start and its decoder at unit norm."""
   if not ema:
     return state.sae
   sae = jax.tree.map(lambda x: x / (1 - ema**state.step), state.ema)

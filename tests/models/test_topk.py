@@ -1,0 +1,74 @@
+"""Top-k is exact, ties go to the lowest index, on every mesh, and no shard sees another's latents."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import sharding, topk
+
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
+B, L = 6, 1024
+TWO_STAGE, ONE_STAGE = 5, 200  # k at which groups pay, and k at which they do not
+
+
+def stable_topk(x_bl, k):
+  indices_bk = np.argsort(-x_bl, axis=1, kind='stable')[:, :k]
+  return np.take_along_axis(x_bl, indices_bk, 1), indices_bk
+
+
+def preacts(ties):
+  x_bl = np.random.default_rng(0).normal(size=(B, L)).astype(np.float32)
+  return np.round(2 * x_bl) + np.float32(0) if ties else x_bl  # + 0 turns -0, which XLA puts below 0, into 0
+
+
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+@pytest.mark.parametrize('k', [TWO_STAGE, ONE_STAGE, L])
+def test_topk_is_numpys_on_every_mesh_ties_or_not(shape, k):
+  with jax.set_mesh(sharding.make_mesh(*shape)):
+    run = jax.jit(lambda x: (topk.topk_mask(x, k), *topk.sharded_topk(x, k)))
+    for ties in (False, True):
+      x_bl = preacts(ties)
+      mask_bl, values_bk, indices_bk = run(x_bl)
+      expected_values, expected_indices = stable_topk(x_bl, k)
+      np.testing.assert_array_equal(values_bk, expected_values)
+      np.testing.assert_array_equal(indices_bk, expected_indices)
+      expected_mask = np.zeros((B, L), bool)
+      np.put_along_axis(expected_mask, expected_indices, True, 1)
+      np.testing.assert_array_equal(mask_bl, expected_mask)
+
+
+def test_leading_dimensions_of_any_number_and_size(mesh):
+  x_btl = preacts(ties=False).reshape(3, 2, L)  # 3 is not divisible by a data axis of 2
+  values, indices = jax.jit(topk.sharded_topk, static_argnums=1)(x_btl, 4)
+  np.testing.assert_array_equal(indices, stable_topk(x_btl.reshape(B, L), 4)[1].reshape(3, 2, 4))
+  mask_l = jax.jit(topk.topk_mask, static_argnums=1)(x_btl[0, 0], 4)
+  np.testing.assert_array_equal(np.flatnonzero(mask_l), np.sort(indices[0, 0]))
+  np.testing.assert_array_equal(values[0, 0], x_btl[0, 0][indices[0, 0]])
+
+
+def test_two_stages_hold_the_winners_of_one_group():
+  x_bl = np.zeros((B, L), np.float32)
+  n_groups = L // topk.GROUP_SIZE
+  x_bl[:, ::n_groups] = np.arange(1, 1 + topk.GROUP_SIZE)  # the largest 16 are one strided group
+  values_bk, indices_bk = jax.jit(topk.local_topk, static_argnums=1)(x_bl, 3)
+  np.testing.assert_array_equal(values_bk[0], [16, 15, 14])
+  np.testing.assert_array_equal(indices_bk[0], n_groups * np.array([15, 14, 13]))
+
+
+def test_only_candidates_travel_and_nothing_is_sorted():
+  with jax.set_mesh(sharding.make_mesh(2, 2)):
+    x_bl = sharding.place(np.zeros((8, L), np.float32), 'batch latent')
+    hlo = jax.jit(lambda x: topk.topk_mask(x, TWO_STAGE)).lower(x_bl).compile().as_text()
+  assert ' sort(' not in hlo
+  collectives = re.findall(r'= \(?f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)', hlo)
+  assert collectives
+  assert max(np.prod([int(n) for n in shape.split(',')]) for shape in collectives) == 4 * 2 * TWO_STAGE
+
+
+def test_gradients_do_not_pass_through_the_mask(mesh):
+  x_bl = jnp.asarray(preacts(ties=False))
+  grad_bl = jax.jit(jax.grad(lambda x: jnp.where(topk.topk_mask(x, 7), x, 0).sum()))(x_bl)
+  np.testing.assert_array_equal(np.sum(grad_bl, axis=1), 7)
