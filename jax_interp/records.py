@@ -124,10 +124,17 @@ def survey(batches: Batches, n_windows: int) -> Survey:
   """Returns the window maxima, moments and densities of all components, after one pass over the batches.
 
   The sums of a batch are taken in float32 on the device, and added up in float64.
+
+  Raises:
+    ValueError: an activation is not finite.
   """
   maxima_wc, moments, active_c = None, None, 0
   for start, acts_btc in batches:
     maxima_bc, active, central = jax.device_get(_describe(acts_btc))
+    if not np.isfinite(central).all():
+      raise ValueError(
+        f'activations in windows {start} to {start + len(acts_btc) - 1} are not finite; check the weights'
+      )
     batch = Moments(acts_btc.shape[0] * acts_btc.shape[1], *(x.astype(np.float64) for x in central))
     if start == 0:
       maxima_wc, moments = np.zeros((n_windows, maxima_bc.shape[1]), np.float32), batch
@@ -169,8 +176,8 @@ def select(maxima_wc: np.ndarray, n_top: int, n_random: int, n_quantile: int, se
   shapes = (n_components, n_top), (n_components, n_random), (n_components, len(QUANTILES) - 1, n_quantile)
   selection = Selection(*(np.full(shape, -1, np.int32) for shape in shapes))
   bounds = [int(q * n_windows) for q in QUANTILES]
-  for c, maxima_w in enumerate(np.ascontiguousarray(maxima_wc.T)):
-    rng = np.random.default_rng((seed, c))
+  for c in range(n_components):
+    rng, maxima_w = np.random.default_rng((seed, c)), maxima_wc[:, c]
     order = np.argsort(-maxima_w, kind='stable')
     n_active = min(n_top, np.count_nonzero(maxima_w > 0))
     selection.top[c, :n_active] = order[:n_active]

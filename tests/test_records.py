@@ -60,6 +60,14 @@ def test_survey_equals_numpy_in_float64(survey, acts_wtc):
   assert np.isnan(result['kurtosis'][CONSTANT])
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_activations_that_are_not_finite_are_refused(acts_wtc, value):
+  damaged = acts_wtc.copy()
+  damaged[BATCH + 1, 2, 3] = value
+  with pytest.raises(ValueError, match='windows 8 to 15 are not finite'):
+    records.survey(in_batches(damaged), N_WINDOWS)
+
+
 def test_top_windows_are_the_largest_maxima_in_order(selection, survey):
   for c in set(range(N_COMPONENTS)) - {DEAD}:
     maxima = survey.maxima_wc[:, c]

@@ -14,6 +14,22 @@ from models import sae as sae_lib
 from train import command
 
 
+def windows(config, workdir, tokenizer) -> np.ndarray:
+  """Returns the windows [example, token] that are recorded: of the training text, a whole number of batches.
+
+  Raises:
+    ValueError: they do not fill a batch.
+  """
+  settings, windows_et = config.records, command.windows(config, workdir, tokenizer, 'train')
+  n_windows = min(settings.n_windows, len(windows_et)) // settings.batch_size * settings.batch_size
+  if not n_windows:
+    raise ValueError(
+      f'records.n_windows {settings.n_windows} or the {len(windows_et)} windows of text are fewer than '
+      f'records.batch_size {settings.batch_size}; shrink the batch'
+    )
+  return windows_et[:n_windows]
+
+
 def _write_vectors(model, site, sae) -> jax.Array:
   """Returns what each component adds to the residual stream, [c, d]."""
   layer = re.fullmatch(r'h\.(\d+)\.mlp\.post_act', site)
@@ -23,19 +39,19 @@ def _write_vectors(model, site, sae) -> jax.Array:
   return sae.decoder[...] @ c_proj_nd if layer else sae.decoder[...]
 
 
-def _record_kind(folder, kind, subject, windows, site, sae, settings, seed):
+def _record_kind(folder, kind, subject, windows_et, site, sae, settings, seed):
   def batches(step):
-    found = records.batches(subject.model, windows, site, sae, batch_size=settings.batch_size)
-    n_batches, scale = len(windows) // settings.batch_size, settings.batch_size
+    found = records.batches(subject.model, windows_et, site, sae, batch_size=settings.batch_size)
+    n_batches, scale = len(windows_et) // settings.batch_size, settings.batch_size
     for batch in command.progress(found, n_batches, f'train.records: {kind}, pass {step} of 2', 'windows', scale=scale):
       if command.stopping():
         raise command.Stopped(f'{folder} keeps the kinds that are finished; the same command begins {kind} anew')
       yield batch
 
-  survey = records.survey(batches(1), len(windows))
+  survey = records.survey(batches(1), len(windows_et))
   selection = records.select(survey.maxima_wc, settings.n_top, settings.n_random, settings.n_quantile, seed)
   max_c = survey.maxima_wc.max(0)
-  acts, histogram = records.excerpts(batches(2), selection, windows.shape[1], max_c)
+  acts, histogram = records.excerpts(batches(2), selection, windows_et.shape[1], max_c)
   promoted, suppressed = records.promoted_tokens(subject.model, _write_vectors(subject.model, site, sae))
   layer = re.match(r'h\.(\d+)\.', site)
   lines = records.neuron_records(
@@ -43,7 +59,7 @@ def _record_kind(folder, kind, subject, windows, site, sae, settings, seed):
     selection,
     acts,
     survey.moments,
-    windows,
+    windows_et,
     records.token_strings(subject.tokenizer),
   )
   arrays = {
@@ -72,20 +88,14 @@ def run(config, workdir):
   if command.claim(folder, made_with):
     return
   subject = command.subject(config, workdir)
-  windows = command.windows(config, workdir, subject.tokenizer, 'train')
-  n_windows = min(settings.n_windows, len(windows)) // settings.batch_size * settings.batch_size
-  if not n_windows:
-    raise ValueError(
-      f'records.n_windows {settings.n_windows} or the {len(windows)} windows of text are fewer than records.batch_size '
-      f'{settings.batch_size}; shrink the batch'
-    )
+  windows_et = windows(config, workdir, subject.tokenizer)
   kinds = {
     'latents': (config.sae.site, sae_lib.load_sae(workdir / 'sae' / 'final')),
     'neurons': (f'h.{settings.neurons_layer}.mlp.post_act', None),
   }
   for kind, (site, sae) in kinds.items():
     if not (folder / f'{kind}.npz').exists():
-      _record_kind(folder, kind, subject, windows[:n_windows], site, sae, settings, config.seed)
+      _record_kind(folder, kind, subject, windows_et, site, sae, settings, config.seed)
   command.finish(folder)
 
 
