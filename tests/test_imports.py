@@ -1,0 +1,48 @@
+"""The import order of the design: an arrow of the flow points one way."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ('models', 'jax_interp', 'train', 'configs')
+STAGES = ('text', 'activations', 'store', 'sae', 'records', 'formats', 'llm', 'explain', 'evals', 'report')
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob('*.py'))]
+
+
+def _imported(path: pathlib.Path) -> set[str]:
+  """Returns the dotted names that a file imports, `from a import b` as a.b."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return names
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_design(path):
+  package, *rest = path.relative_to(ROOT).with_suffix('').parts
+  imported = _imported(path)
+  ours = {name for name in imported if name.split('.')[0] in PACKAGES}
+  if package == 'models':
+    assert all(name.startswith('models') for name in ours)
+  elif package == 'configs':
+    assert imported <= {'ml_collections'}
+  elif package == 'jax_interp':
+    assert not {name for name in ours if name.startswith(('train', 'configs'))}
+    stages = {name.split('.')[1] for name in ours if name.startswith('jax_interp.')}
+    assert stages <= set(STAGES)
+    if rest[0] in STAGES:
+      assert all(STAGES.index(stage) <= STAGES.index(rest[0]) for stage in stages)
+  else:
+    assert not {name for name in ours if name.startswith('configs')}
+
+
+def test_every_stage_is_known_to_this_test():
+  found = {
+    path.relative_to(ROOT / 'jax_interp').parts[0].removesuffix('.py') for path in FILES if 'jax_interp' in path.parts
+  }
+  assert found - {'__init__'} <= set(STAGES)
