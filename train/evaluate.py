@@ -1,0 +1,82 @@
+"""Evaluates the SAE on held-out text: how well it reconstructs, and what its reconstruction does to the subject model.
+
+Leaves workdir/evaluation/metrics.json, {name: number or list}; `jax_interp.evals` says what each name means.
+"""
+
+from jax_interp import activations, store
+from jax_interp.evals import downstream, reconstruction
+from models import sae as sae_lib
+from models import sites
+from train import command
+
+
+def _batches(windows_et, batch_size, what):
+  """Yields the first example of each batch, with a progress line."""
+  firsts = range(0, len(windows_et), batch_size)
+  scale = batch_size * windows_et.shape[1]
+  for first in command.progress(firsts, len(firsts), f'train.evaluate, {what}', 'tokens', scale=scale):
+    if command.stopping():
+      raise command.Stopped('nothing is saved: the evaluation is short; run the same command again')
+    yield first
+
+
+def evaluate(model, sae, site, windows_et, end_token, batch_size):
+  """Yields (name, value) of every metric.
+
+  Args:
+    model: the subject model, on the ambient mesh.
+    sae: of the site, on the ambient mesh.
+    site: its name.
+    windows_et: held-out tokens [example, token], a multiple of batch_size of them.
+    end_token: id of the end-of-document token, which is neither reconstructed nor counted.
+    batch_size: windows a batch.
+  """
+  keep = lambda first: windows_et[first : first + batch_size] != end_token
+  captured = activations.stream(model, windows_et, (site,), batch_size)
+  firsts = _batches(windows_et, batch_size, '1 of 2')
+  sums = reconstruction.measure(
+    sae, ((acts[site], keep(first)) for first, (_, acts) in zip(firsts, captured, strict=True))
+  )
+  yield from reconstruction.metrics(sums)
+  tokens = (
+    (windows_et[first : first + batch_size], keep(first)) for first in _batches(windows_et, batch_size, '2 of 2')
+  )
+  yield from downstream.metrics(downstream.measure(model, sae, site, sums['x_d'] / sums['tokens'], tokens))
+
+
+def run(config, workdir):
+  """Evaluates workdir/sae/final, or returns when that is done.
+
+  Raises:
+    FileNotFoundError: there is no SAE.
+    KeyError: the site is misspelt.
+    ValueError: there was another config, the SAE is of another width, or the held-out text is too short.
+  """
+  settings, folder, site = config.evaluate, workdir / 'evaluation', config.sae.site
+  made_with = {name: config[name] for name in ('evaluate', 'sae', 'model', 'text', 'seed')}
+  if command.claim(folder, made_with):
+    return
+  subject = command.subject(config, workdir)
+  sae = sae_lib.load_sae(workdir / 'sae' / 'final')
+  windows_et = command.windows(config, workdir, subject.tokenizer, 'held_out')
+  n_batches = min(settings.n_tokens, windows_et.size) // (settings.batch_size * config.text.window)
+  if not n_batches:
+    raise ValueError(
+      f'one batch is evaluate.batch_size {settings.batch_size} x text.window {config.text.window} tokens, more than '
+      f'evaluate.n_tokens {settings.n_tokens} or the {windows_et.size} of the held-out text; shrink the batch'
+    )
+  windows_et = windows_et[: n_batches * settings.batch_size]
+  width = sites.site_shapes(subject.model, windows_et[: settings.batch_size], (site,))[site].shape[-1]
+  if width != sae.pre_bias.shape[0]:
+    raise ValueError(f'the SAE reads {sae.pre_bias.shape[0]} channels and {site} has {width}; it is of another site')
+  found = evaluate(subject.model, sae, site, windows_et, subject.tokenizer.eos_token_id, settings.batch_size)
+  numbers = dict(found)
+  store.write_json(folder / 'metrics.json', numbers)
+  for name, value in numbers.items():
+    if isinstance(value, float):
+      print(f'{name:28} {value:10.4f}')
+  command.finish(folder)
+
+
+if __name__ == '__main__':
+  command.main(run)
