@@ -5,7 +5,6 @@ safetensors tensor by tensor onto its shards. Files have the layout of `transfor
 writes.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -79,7 +78,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _parameters(config: gpt2.GPT2Config):
   """Returns the parameters' names in the files, their shapes with shardings, and the tree's structure."""
-  abstract = jax.eval_shape(functools.partial(gpt2.GPT2, config, nnx.Rngs(0)))
+  abstract = jax.eval_shape(lambda: gpt2.GPT2(config, nnx.Rngs(0)))
   shardings = jax.tree.leaves(nnx.get_named_sharding(abstract, jax.sharding.get_mesh()))
   paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
   names = []
