@@ -77,7 +77,7 @@ class Moments:
   m4: np.ndarray
 
   def __add__(self, other: 'Moments') -> 'Moments':
-    """Returns the moments of both sets of tokens together (Pébay 2008, eq. 2.1, 3.1): nothing large is cancelled."""
+    """Returns the moments of both sets of tokens together (Pébay 2008): nothing large is cancelled."""
     a, b, n = self.n, other.n, self.n + other.n
     d = other.mean - self.mean
     return Moments(
