@@ -22,6 +22,13 @@ KINDS = {'latent': 'latents', 'neuron': 'neurons'}
 MAX_BYTES = 8_000_000  # of embedded components: what a browser opens from disk in about a second
 
 
+def _training(config, workdir):
+  """Returns the logs that are there, by name, with the tokens that were seen at every step."""
+  logs = {name: _read_jsonl(workdir / name / 'metrics.jsonl') for name in ('sae', 'lm')}
+  batch = {'sae': config.sae.batch_size, 'lm': config.lm.batch_size * config.lm.n_ctx}
+  return {name: [row | {'tokens': row['step'] * batch[name]} for row in rows] for name, rows in logs.items() if rows}
+
+
 def _read_jsonl(path):
   return [json.loads(line) for line in store.read_lines(path)] if path.is_file() else []
 
@@ -91,8 +98,9 @@ def run(config, workdir):
   if path.is_file() and f'content="{made_from}"' in path.read_text('utf-8')[:2000]:
     print(f'{path} is up to date')
     return
-  training = {name: _read_jsonl(workdir / name / 'metrics.jsonl') for name in ('sae', 'lm')}
+  training = _training(config, workdir)
   numbers = _read_json(workdir / 'evaluation' / 'metrics.json')
+  counts, edges = (numbers.pop(f'log10_density_{name}', None) for name in ('counts', 'edges'))
   explanations = [line for file in sorted((workdir / 'explanations').glob('*.jsonl')) for line in _read_jsonl(file)]
   source = command.subject_source(config, workdir)
   described, totals = (), {}
@@ -100,20 +108,20 @@ def run(config, workdir):
     strings = records.token_strings(pretrained.load_tokenizer(source))
     described, totals = _components(config, workdir / 'records', strings, explanations)
   found = {
-    'the training of the SAE': (training['sae'], 'train.sae'),
+    'the training of the SAE': ('sae' in training, 'train.sae'),
     'the evaluation': (numbers, 'train.evaluate'),
     'the latents and neurons': (has_records, 'train.records'),
     'the explanations': (explanations, 'train.explain'),
   }
   html = page.render(
     title=f'Latents of {config.sae.site}',
-    facts=_facts(config, source, training['sae'], totals),
+    facts=_facts(config, source, training.get('sae'), totals),
     made=time.strftime('%d %B %Y, %H:%M'),
     command=shlex.join(['python', *sys.orig_argv[1:]]),
     missing=[(what, f'python -m {module}') for what, (there, module) in found.items() if not there],
-    training={name: rows for name, rows in training.items() if rows},
+    training=training,
     numbers=numbers,
-    density=None,
+    density=counts and (counts, edges),
     explanations=explanations,
     components=components.embed(described, MAX_BYTES),
     totals=totals,

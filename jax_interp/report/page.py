@@ -13,7 +13,7 @@ import markupsafe
 import numpy as np
 
 from jax_interp.report import components as components_lib
-from jax_interp.report import plots
+from jax_interp.report import meanings, plots
 
 METHODS = {
   'token_lookup': 'Token lookup table',
@@ -26,15 +26,13 @@ WEAK_MODEL = 'smollm'  # the model of 135 million parameters that stands in wher
 N_BOOTSTRAP = 2000
 DENSITY_AXES = 'log10 of the fraction of tokens on which a latent is active', 'latents'
 
-# Metric -> label, format, and what it means and what is good.
-NUMBERS = {}
 TRAINED = {'sae': 'the sparse autoencoder', 'lm': 'the language model'}
 # Training log -> one plot a line: title, {field: label}.
 CURVES = {
   'sae': (
     ('Loss', {'loss': 'loss'}),
     ('Normalized MSE', {'normalized_mse': 'normalized MSE'}),
-    ('Dead latents', {'dead_latents': 'dead latents'}),
+    ('Dead latents', {'dead': 'dead latents'}),
     ('L0, active latents a token', {'l0': 'L0'}),
   ),
   'lm': (('Loss, nats a token', {'loss': 'train', 'held_out_loss': 'held out'}),),
@@ -64,8 +62,8 @@ def render(
     made: when, in words.
     command: the command line that made it.
     missing: (what is not there, the command that makes it).
-    training: the rows of metrics.jsonl of 'sae' and 'lm', where there are any.
-    numbers: what train.evaluate measured, by the names in NUMBERS; others are shown by name.
+    training: the logs of 'sae' and 'lm', where there are any: rows with `tokens` and fields of CURVES.
+    numbers: what train.evaluate measured, by the names in `meanings.NUMBERS`; others are shown by name.
     density: counts and edges, in log10 of the fraction of tokens, of how often the latents are active.
     explanations: all lines of explanations/*.jsonl.
     components: as `components.embed` returns them.
@@ -116,6 +114,7 @@ def summarize(explanations: Sequence[Mapping]) -> list[dict]:
       'label': f'{METHODS.get(name, name)}, {kind}s',
       'model': lines[0]['model'],
       'statuses': collections.Counter(line['status'] for line in lines),
+      'excerpts': sum((collections.Counter(line.get('excerpts')) for line in lines), collections.Counter()),
       'rows': _prediction_rows(lines),
     }
     for (name, kind), lines in sorted(groups.items(), key=lambda group: (order.get(group[0][0], 99), group[0]))
@@ -171,17 +170,17 @@ def _scores_plot(methods):
 
 
 def _number_cards(numbers):
-  cards = []
-  for name, value in numbers.items():
-    label, form, meaning = NUMBERS.get(name, (name.replace('_', ' '), '{:.4g}', ''))
-    cards.append({'label': label, 'value': 'not defined' if value is None else form.format(value), 'meaning': meaning})
-  return sorted(cards, key=lambda card: not card['meaning'])
+  cards, order = [], {name: i for i, name in enumerate(meanings.NUMBERS)}
+  for name in sorted(numbers, key=lambda name: order.get(name, len(order))):
+    label, form, meaning = meanings.NUMBERS.get(name, (name.replace('_', ' '), '{:.4g}', ''))
+    value = 'not defined' if numbers[name] is None else form.format(numbers[name])
+    cards.append({'label': label, 'value': value, 'meaning': meaning})
+  return cards
 
 
 def _curves(name, rows):
-  x = 'tokens' if any('tokens' in row for row in rows) else 'step'
   return [
-    markupsafe.Markup(plots.curve(rows, x, fields, title))
+    markupsafe.Markup(plots.curve(rows, 'tokens', fields, title))
     for title, fields in CURVES[name]
     if any(row.get(field) is not None for row in rows for field in fields)
   ]

@@ -147,7 +147,7 @@ function explanationCard(explanation) {
     element('h4', {}, data.methods[explanation.method] ?? explanation.method, explanation.model ? ` (${explanation.model})` : '', ' ',
       ok ? null : element('span', { class: 'status' }, explanation.status.replace('_', ' '))),
     explanation.explanation ? element('p', { class: 'text' }, explanation.explanation) : null,
-    ok ? null : element('p', {}, `No score. ${explanation.detail ?? ''}`),
+    element('p', {}, [explanation.scores ? '' : 'No score.', explanation.detail].filter(Boolean).join(' ')),
     explanation.scores ? scoreTable(explanation) : null,
     explanation.sequences.length ? realAndSimulated(explanation.sequences) : null);
 }

@@ -59,6 +59,7 @@ def explanation(rng, component, method, status='ok', model=None):
     'explanation': f'<i>tokens</i> like {str(rng.choice(WORDS))!r} after a list & so on',
     'scores': {**score(0.5), 'random_only': score(0.2)},
     'nulls': {'other_explanation': score(0.05), 'constant': {**score(-0.1), 'ev_correlation': None}},
+    'excerpts': {'ok': 9, 'failed': 1},
     'sequences': sequences,
   }
 
@@ -115,7 +116,7 @@ def arguments(n=6):
         for s in steps
       ],
       'lm': [
-        {'step': int(s) * 10, 'loss': 2 + 5 / s, **({'held_out_loss': 2.2} if s % 50 == 0 else {})} for s in steps
+        {'tokens': int(s) * 10, 'loss': 2 + 5 / s, **({'held_out_loss': 2.2} if s % 50 == 0 else {})} for s in steps
       ],
     },
     'numbers': {

@@ -20,7 +20,8 @@ def config():
       'seed': 0,
       'model': {'source': 'embedded'},
       'text': {'source': 'embedded', 'window': N_TOKENS},
-      'sae': {'site': 'h.2.resid.post_mlp', 'n_latents': 6, 'k': 2},
+      'sae': {'site': 'h.2.resid.post_mlp', 'n_latents': 6, 'k': 2, 'batch_size': 1000},
+      'lm': {'batch_size': 4, 'n_ctx': 16},
       'records': {'neurons_layer': 2, 'n_windows': N_WINDOWS},
       'report': {'n_components': 2},
     }
@@ -71,9 +72,7 @@ def test_explained_components_come_first_then_active_ones(config, tmp_path):
   write_records(tmp_path / 'records', 'neurons', 5)
   lines = [explanation(4, 'ok'), explanation(0, 'failed')]
   store.write_lines(tmp_path / 'explanations' / 'token_lookup.jsonl', map(json.dumps, lines))
-  store.write_lines(
-    tmp_path / 'sae' / 'metrics.jsonl', ['{"step": 1, "tokens": 2000, "loss": 0.5}', '{"tokens": 4000}']
-  )
+  store.write_lines(tmp_path / 'sae' / 'metrics.jsonl', ['{"step": 2, "loss": 0.5}', '{"step": 4, "loss": 0.4}'])
   report.run(config, tmp_path)
   found = carried(tmp_path)
   latents = [index for kind, index in found if kind == 'latent']
@@ -98,6 +97,8 @@ def test_it_is_made_again_only_when_something_changed(config, tmp_path, capsys):
   report.run(config, tmp_path)
   assert path.stat().st_mtime_ns == made
   assert 'up to date' in capsys.readouterr().out
-  store.write_json(tmp_path / 'evaluation' / 'metrics.json', {'l0': 2.0})
+  numbers = {'l0': 2.0, 'log10_density_counts': [1, 4], 'log10_density_edges': [-2, -1, 0]}
+  store.write_json(tmp_path / 'evaluation' / 'metrics.json', numbers)
   report.run(config, tmp_path)
   assert path.stat().st_mtime_ns > made
+  assert 'How often latents are active' in path.read_text('utf-8')
