@@ -222,7 +222,7 @@ function list() {
   state.listed = own.filter((c) => !query || matches(c, query)).sort((a, b) => {
     if (String(a.index) === query || String(b.index) === query) return String(a.index) === query ? -1 : 1;
     const [x, y] = [value(a), value(b)]; // what has no value comes last, whichever way the rest is sorted
-    return (x === null) - (y === null) || sign * (x - y) || a.index - b.index;
+    return (x === null) - (y === null) || sign * (x - y) || b.max - a.max;
   });
   const rows = state.listed.map((component) => element('li', {}, element('a', { href: link(component) },
     element('b', {}, String(component.index)),

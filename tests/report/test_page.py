@@ -122,8 +122,8 @@ def arguments(n=6):
     'numbers': {
       'normalized_mse': 0.12,
       'l0': 16.0,
-      'loss_recovered': 0.93,
-      'dead_latents': 12,
+      'loss_recovered_mean': 0.93,
+      'dead_latent_fraction': 0.01,
       'of_no_known_name': None,
     },
     'density': (np.round(300 * np.exp(-(np.linspace(-3, 3, 30) ** 2))).tolist(), np.linspace(-5, -0.5, 31).tolist()),
