@@ -50,12 +50,7 @@ class SparseAutoencoder(nnx.Module):
   """
 
   def __init__(self, encoder, decoder, pre_bias, latent_bias, k: int, normalization: str = 'none'):
-    n_latents = encoder.shape[0]
-    if not 1 <= k <= n_latents:
-      raise ValueError(f'k {k} is not within 1 and n_latents {n_latents}; choose a smaller k or more latents')
-    if normalization not in NORMALIZATIONS:
-      raise ValueError(f'normalization {normalization!r} is unknown; choose one of {", ".join(NORMALIZATIONS)}')
-    sharding.check_divides('n_latents', n_latents, 'model')
+    check_settings(encoder.shape[0], k, normalization)
     self.k, self.normalization = k, normalization
     self.encoder = nnx.Param(encoder, out_sharding=('model', None))
     self.decoder = nnx.Param(decoder, out_sharding=('model', None))
@@ -90,6 +85,19 @@ class SparseAutoencoder(nnx.Module):
     """Returns the reconstruction [..., d] of dense latents [..., l], in the scale of the original input."""
     recons = jnp.einsum('...l,ld->...d', latents, self.decoder[...]) + self.pre_bias[...]
     return recons * norm.scale + norm.mean
+
+
+def check_settings(n_latents: int, k: int, normalization: str):
+  """Raises unless there can be such an SAE on the ambient mesh.
+
+  Raises:
+    ValueError: as `SparseAutoencoder`.
+  """
+  if not 1 <= k <= n_latents:
+    raise ValueError(f'k {k} is not within 1 and n_latents {n_latents}; choose a smaller k or more latents')
+  if normalization not in NORMALIZATIONS:
+    raise ValueError(f'normalization {normalization!r} is unknown; choose one of {", ".join(NORMALIZATIONS)}')
+  sharding.check_divides('n_latents', n_latents, 'model')
 
 
 def normalize(x: jax.Array, normalization: str) -> tuple[jax.Array, InputNorm]:
@@ -187,7 +195,7 @@ def load_sae(folder: str | pathlib.Path) -> SparseAutoencoder:
   folder = pathlib.Path(folder)
   config = json.loads((folder / 'config.json').read_text())
   arrays = safetensors.load_file(folder / 'sae.safetensors')
-  sharding.check_divides('n_latents', len(arrays['latent_bias']), 'model')
+  check_settings(len(arrays['latent_bias']), **config)
   dims = ('latent d_model', 'latent d_model', 'd_model', 'latent')
   placed = {name: sharding.place(arrays[name], dim) for name, dim in zip(PARAMETERS, dims, strict=True)}
   return SparseAutoencoder(**placed, **config)

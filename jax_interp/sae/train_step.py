@@ -29,6 +29,7 @@ class TrainState(NamedTuple):
   step: jax.Array
 
 
+@functools.cache  # it is static to `train_steps`: equal settings must be the same object, or that compiles again
 def adam(
   learning_rate: float, warmup_steps: int, eps: float = 6.25e-10, clip: float = 0
 ) -> optax.GradientTransformation:
