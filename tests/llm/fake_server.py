@@ -1,0 +1,129 @@
+"""A server that speaks the OpenAI API and answers by simple rules, always the same: for tests without a network."""
+
+import contextlib
+import dataclasses
+import http.server
+import json
+import math
+import re
+import threading
+from collections.abc import Callable
+
+
+@dataclasses.dataclass
+class Server:
+  """What it does and what it was asked.
+
+  completions: 'echo' (vLLM), 'llama' (ignores echo, logprobs in the chat shape), 'junk' (logprobs that mean nothing),
+  or None. error: (HTTP status, JSON body) in the place of every answer, or of those for which `failing` holds. reply:
+  chat messages -> text, in the place of the rule.
+  """
+
+  url: str = ''
+  completions: str | None = 'llama'
+  splits_ten: bool = False
+  error: tuple[int, dict] | None = None
+  failing: Callable[[str], bool] = lambda path: True
+  reply: Callable[[list], str] | None = None
+  finish_reason: str = 'stop'
+  requests: list = dataclasses.field(default_factory=list)
+
+  def paths(self) -> list[str]:
+    return [path for path, _ in self.requests]
+
+
+def level(text: str) -> int:
+  """Returns the level at the end of a text: copied where a list shows only one value, else the length of the token."""
+  values = re.findall(r'\t(\d+)\n', text)
+  if 'Looks for' not in text and len(set(values)) == 1:
+    return int(values[0])
+  return min(9, len(text.rsplit('\n', 1)[-1].split('\t')[0]))
+
+
+def _top(server: Server, text: str) -> dict[str, float]:
+  value = str(level(text))
+  value = value[0] if server.splits_ten else value
+  if server.completions == 'junk':
+    value = '3'
+  return {value: math.log(0.6), 'unknown': math.log(0.3), '0': math.log(0.1)} if value != '0' else {'0': math.log(0.7)}
+
+
+def _complete(server: Server, body: dict) -> list[dict]:
+  prompts = [body['prompt']] if isinstance(body['prompt'], str) else body['prompt']
+  if body.get('echo') and server.completions == 'echo':
+    tokens = re.findall(r'\t|\n|[^\t\n]+', prompts[0])
+    starts = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    tops = [_top(server, prompts[0][:start]) if start else None for start in starts]
+    return [{'index': 0, 'text': prompts[0], 'logprobs': {'tokens': tokens, 'top_logprobs': tops}}]
+  choices = []
+  for i, prompt in enumerate(prompts):
+    top = _top(server, prompt)
+    entries = [{'token': token, 'logprob': p} for token, p in top.items()]
+    logprobs = {'content': [{**entries[0], 'top_logprobs': entries}]} if server.completions != 'echo' else None
+    choices.append({'index': i, 'text': entries[0]['token'], 'logprobs': logprobs})
+  return choices[::-1]  # the order is not promised
+
+
+def _chat(server: Server, messages: list) -> str:
+  last = messages[-1]['content']
+  if server.reply:
+    return server.reply(messages)
+  if 'JSON' in messages[0]['content']:
+    tokens = json.loads(last)['tokens']
+    return json.dumps({'activations': [[token, min(9, len(token))] for token in tokens]})
+  return f'This neuron fires on words like "{re.findall(r"Fired on: (.*?) ", last + "Fired on: none ")[0]}".'
+
+
+def _handler(server: Server):
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      self._answer({'object': 'list', 'data': [{'id': 'fake-model', 'object': 'model', 'max_model_len': 8192}]})
+
+    def do_POST(self):
+      body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+      server.requests.append((self.path, body))
+      usage = {'prompt_tokens': 100, 'completion_tokens': 5, 'total_tokens': 105}
+      if self.path.endswith('/chat/completions'):
+        message = {'role': 'assistant', 'content': _chat(server, body['messages'])}
+        self._answer(
+          {'choices': [{'index': 0, 'message': message, 'finish_reason': server.finish_reason}], 'usage': usage}
+        )
+      elif server.completions:
+        self._answer({'choices': _complete(server, body), 'usage': usage})
+      else:
+        self._send(404, {'error': {'message': 'this is a chat model', 'code': None}})
+
+    def _answer(self, body):
+      if server.error and server.failing(self.path):
+        self._send(*server.error)
+      else:
+        self._send(200, body)
+
+    def _send(self, status, body):
+      content = body if isinstance(body, bytes) else json.dumps(body).encode()
+      self.send_response(status)
+      self.send_header('Content-Type', 'text/html' if isinstance(body, bytes) else 'application/json')
+      self.send_header('Content-Length', str(len(content)))
+      self.end_headers()
+      self.wfile.write(content)
+
+    def log_message(self, *args):
+      pass
+
+  return Handler
+
+
+@contextlib.contextmanager
+def running(**settings):
+  """Yields a `Server` that answers on a free port of this machine."""
+  server = Server(**settings)
+  http_server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _handler(server))
+  server.url = f'http://127.0.0.1:{http_server.server_port}/v1'
+  thread = threading.Thread(target=http_server.serve_forever, daemon=True)
+  thread.start()
+  try:
+    yield server
+  finally:
+    http_server.shutdown()
+    http_server.server_close()
+    thread.join()
