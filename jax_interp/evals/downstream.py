@@ -18,17 +18,22 @@ RUNS = ('clean', 'spliced', 'zero_ablated', 'mean_ablated')
 
 
 @jax.jit
-def _compare(clean_btv, logits_btv, tokens_bt):
-  """Returns the cross-entropy and KL(clean || run) of predicting every token but the first, in nats, [b, t - 1]."""
+def _losses(logits_btv, tokens_bt):
+  """Returns the cross-entropy of predicting every token but the first, in nats, [b, t - 1]."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits_btv[:, :-1].astype(jnp.float32), tokens_bt[:, 1:])
+
+
+@jax.jit
+def _kl(clean_btv, logits_btv):
+  """Returns KL(clean || run) of the same predictions, in nats, [b, t - 1]."""
   clean_btv, logits_btv = (jax.nn.log_softmax(x[:, :-1].astype(jnp.float32)) for x in (clean_btv, logits_btv))
-  losses_bt = optax.softmax_cross_entropy_with_integer_labels(logits_btv, tokens_bt[:, 1:])
-  return losses_bt, jnp.sum(jnp.exp(clean_btv) * (clean_btv - logits_btv), -1)
+  return jnp.sum(jnp.exp(clean_btv) * (clean_btv - logits_btv), -1)
 
 
 def measure(
   model, sae: SparseAutoencoder, site: str, mean_d: np.ndarray, batches: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-  """Returns sums over the predictions that count: 'predictions', and for each of RUNS 'loss_<run>' and 'kl_<run>'.
+  """Returns sums over the predictions that count: 'predictions', 'loss_<run>' for each of RUNS, and 'kl_spliced'.
 
   The site is replaced at kept tokens; a prediction counts where the token it is made at and the one predicted are kept.
 
@@ -57,12 +62,14 @@ def measure(
       'mean_ablated': zeros_btd + jnp.asarray(mean_d, jnp.float32),
     }
     kept_bt = keep_bt[:, 1:] & keep_bt[:, :-1]
-    totals['predictions'] = totals.get('predictions', 0) + kept_bt.sum()
-    for name in RUNS:
-      logits_btv = run(tokens_bt, values[name], mask_bt1)[0] if name in values else clean_btv
-      for quantity, x_bt in zip(('loss', 'kl'), _compare(clean_btv, logits_btv, tokens_bt), strict=True):
-        key = f'{quantity}_{name}'
-        totals[key] = totals.get(key, 0) + np.asarray(x_bt, np.float64)[kept_bt].sum()
+    found = {'loss_clean': _losses(clean_btv, tokens_bt)}
+    for name, value_btd in values.items():
+      logits_btv, _ = run(tokens_bt, value_btd, mask_bt1)
+      found[f'loss_{name}'] = _losses(logits_btv, tokens_bt)
+      if name == 'spliced':
+        found['kl_spliced'] = _kl(clean_btv, logits_btv)
+    sums = {name: np.asarray(x_bt, np.float64)[kept_bt].sum() for name, x_bt in found.items()}
+    totals = {name: totals.get(name, 0) + value for name, value in {'predictions': kept_bt.sum(), **sums}.items()}
   return totals
 
 
