@@ -157,6 +157,18 @@ def test_unknown_names_and_dtypes_and_stores_are_told(tmp_path):
     create(tmp_path).reader('nothing')
 
 
+@pytest.mark.parametrize(
+  ('where', 'expected'),
+  [
+    ('runs/a', {'driver': 'file', 'path': f'{os.getcwd()}/runs/a/'}),
+    ('gs://bucket/runs/a', {'driver': 'gcs', 'bucket': 'bucket', 'path': 'runs/a/'}),
+    ('s3://bucket/runs/a/', {'driver': 's3', 'bucket': 'bucket', 'path': 'runs/a/'}),
+  ],
+)
+def test_folders_and_buckets_are_opened_by_the_same_code(where, expected):
+  assert store._open_kvstore(where).spec().to_json() == expected
+
+
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_activations_that_are_not_finite_are_not_stored(tmp_path, value):
   activations = create(tmp_path)
