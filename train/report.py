@@ -19,6 +19,8 @@ from models import pretrained
 from train import command
 
 KINDS = {'latent': 'latents', 'neuron': 'neurons'}
+EMBEDDED_MODEL = 'the small GPT-2 that comes with jax_interp'
+EMBEDDED_TEXT = 'docstrings of the Python standard library, NumPy, SciPy and JAX'
 MAX_BYTES = 8_000_000  # of embedded components: what a browser opens from disk in about a second
 
 
@@ -75,8 +77,8 @@ def _components(config, folder, strings, explanations):
 
 def _facts(config, source, sae_rows, totals):
   facts = {
-    'Subject model': source,
-    'Text': config.text.source,
+    'Subject model': EMBEDDED_MODEL if source == 'embedded' else source,
+    'Text': EMBEDDED_TEXT if config.text.source == 'embedded' else config.text.source,
     'SAE reads': config.sae.site,
     'Latents': f'{config.sae.n_latents:,}, of which {config.sae.k} are active on a token',
   }
@@ -101,7 +103,7 @@ def run(config, workdir):
   training = _training(config, workdir)
   numbers = _read_json(workdir / 'evaluation' / 'metrics.json')
   counts, edges = (numbers.pop(f'log10_density_{name}', None) for name in ('counts', 'edges'))
-  explanations = [line for file in sorted((workdir / 'explanations').glob('*.jsonl')) for line in _read_jsonl(file)]
+  explanations = [line for name in page.METHODS for line in _read_jsonl(workdir / 'explanations' / f'{name}.jsonl')]
   source = command.subject_source(config, workdir)
   described, totals = (), {}
   if has_records := all((workdir / 'records' / f'{plural}.npz').is_file() for plural in KINDS.values()):

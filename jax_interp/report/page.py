@@ -102,7 +102,7 @@ def render(
 def summarize(explanations: Sequence[Mapping]) -> list[dict]:
   """Returns, for each method and kind of component, how explanations fared and how they and the nulls score.
 
-  A row has `n`, the components with at least one defined score, and for each of SCORES (mean, low, high), or None.
+  A row has `n`, the components that have a score, and `cells`: (mean, low, high, n) of each of SCORES, or nothing.
   """
   groups = collections.defaultdict(list)
   for line in explanations:
@@ -130,10 +130,9 @@ def _prediction_rows(lines):
   }
   rows = []
   for label, scores in predictions.items():
-    values = {name: [s[name] for s in scores if s and s.get(name) is not None] for name in SCORES}
-    n = max(map(len, values.values()))
-    if n:
-      rows.append({'label': label, 'n': n, 'cells': [interval(v) if v else None for v in values.values()]})
+    values = [[s[name] for s in scores if s and s.get(name) is not None] for name in SCORES]
+    if any(values):
+      rows.append({'label': label, 'n': max(map(len, values)), 'cells': [v and (*interval(v), len(v)) for v in values]})
   return rows
 
 
@@ -154,16 +153,22 @@ def _notices(methods):
       'path works, not what a language model can explain. Give train.explain a capable one to see that.'
     )
   for method in methods:
-    if unreadable := sum(method['statuses'].values()) - method['statuses']['ok']:
-      n = sum(method['statuses'].values())
-      notices.append(f'{method["label"]}: {unreadable} of {n} attempts have no score; its means are of the others.')
+    n, ok = sum(method['statuses'].values()), method['statuses']['ok']
+    if ok < n:
+      notices.append(f'{method["label"]}: {n - ok} of {n} attempts did not end well; means are of what has a score.')
+    defined = next((row['cells'][0][3] for row in method['rows'][:1] if row['cells'][0]), 0)
+    if defined < ok:
+      notices.append(
+        f'{method["label"]}: for {ok - defined} of {ok} the simulation is the same everywhere, so that there is no '
+        'correlation, and the mean correlation is of the others.'
+      )
   return notices
 
 
 def _scores_plot(methods):
   groups = {}
   for method in methods:
-    correlations = {row['label']: row['cells'][0] for row in method['rows'] if row['cells'][0]}
+    correlations = {row['label']: row['cells'][0][:3] for row in method['rows'] if row['cells'][0]}
     if correlations:
       groups[method['label']] = correlations
   return groups and markupsafe.Markup(plots.intervals(groups, 'Correlation of simulated with real activations'))

@@ -280,13 +280,15 @@ function show() {
 
 function featured() {
   if (!byId('featured')) return;
-  const best = (c) => Math.max(...Object.keys(data.methods).map((method) => scoreOf(c, method) ?? -Infinity));
-  const chosen = data.components.filter((c) => c.kind === 'latent' && c.top.length).sort((a, b) => best(b) - best(a)).slice(0, 6);
+  const best = (c) => c.explanations.reduce((a, b) => ((b.scores?.ev_correlation ?? -1) > (a?.scores?.ev_correlation ?? -1) ? b : a), null);
+  const score = (c) => best(c)?.scores?.ev_correlation ?? -1;
+  const chosen = data.components.filter((c) => c.kind === 'latent' && c.top.length).sort((a, b) => score(b) - score(a) || b.max - a.max).slice(0, 6);
   byId('featured').replaceChildren(...chosen.map((component) => {
     const row = values(component.top[0]);
     const around = [Math.max(0, peakOf(row) - 16), peakOf(row) + 9];
     return element('a', { class: 'card', href: link(component) }, element('h3', {}, name(component)),
-      element('p', { class: 'clamped' }, explanationText(component) ?? ''),
+      best(component) && element('p', { class: 'clamped' }, best(component).explanation),
+      best(component) && element('small', {}, `${data.methods[best(component).method]}, correlation ${number(score(component), 2)}`),
       heatMap(tokensOf(component.top[0].text).slice(...around), row.slice(...around), largest(row)));
   }));
 }

@@ -208,10 +208,10 @@ def test_scores_stand_beside_their_nulls_and_failures_are_counted(written):
   model = next(m for m in methods if m['name'] == 'token_activation')
   assert model['statuses'] == {'ok': 2, 'parse_failed': 2}
   assert [row['label'] for row in model['rows']][0::2] == ['This explanation', 'Explanation of another']
-  assert model['rows'][-1]['cells'][0] is None  # a constant has no correlation
+  assert not model['rows'][-1]['cells'][0]  # a constant has no correlation
   assert model['rows'][0]['n'] == 2
   assert 'are weak: it is a tiny model' in overview
-  assert '2 of 4 attempts have no score' in overview
+  assert '2 of 4 attempts did not end well' in overview
 
 
 def test_interval_is_the_mean_and_covers_it():
