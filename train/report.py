@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 
+import ml_collections
 import numpy as np
 
 from jax_interp import records, store
@@ -22,6 +23,15 @@ KINDS = {'latent': 'latents', 'neuron': 'neurons'}
 EMBEDDED_MODEL = 'the small GPT-2 that comes with jax_interp'
 EMBEDDED_TEXT = 'docstrings of the Python standard library, NumPy, SciPy and JAX'
 MAX_BYTES = 8_000_000  # of embedded components: what a browser opens from disk in about a second
+
+
+def _as_made(config, workdir) -> ml_collections.ConfigDict:
+  """Returns the config with the settings that the artefacts were made with, so that the page describes those."""
+  settings = config.to_dict()
+  for stage, names in (('lm', ('lm',)), ('sae', ('sae', 'model', 'text')), ('records', ('records',))):
+    recorded = _read_json(workdir / stage / 'config.json')
+    settings |= {name: recorded[name] for name in names if name in recorded}
+  return ml_collections.ConfigDict(settings)
 
 
 def _training(config, workdir):
@@ -100,6 +110,7 @@ def run(config, workdir):
   if path.is_file() and f'content="{made_from}"' in path.read_text('utf-8')[:2000]:
     print(f'{path} is up to date')
     return
+  config = _as_made(config, workdir)
   training = _training(config, workdir)
   numbers = _read_json(workdir / 'evaluation' / 'metrics.json')
   counts, edges = (numbers.pop(f'log10_density_{name}', None) for name in ('counts', 'edges'))

@@ -90,6 +90,13 @@ def test_explained_components_come_first_then_active_ones(config, tmp_path):
   assert 'python -m train.evaluate' in source
 
 
+def test_the_page_describes_what_is_there_whatever_the_config_says(config, tmp_path):
+  there = config.sae.to_dict() | {'k': 32, 'n_latents': 1234}
+  store.write_json(tmp_path / 'sae' / 'config.json', {'sae': there, 'seed': 0})
+  report.run(config, tmp_path)
+  assert '1,234, of which 32 are active' in (tmp_path / 'report.html').read_text('utf-8')
+
+
 def test_it_is_made_again_only_when_something_changed(config, tmp_path, capsys):
   report.run(config, tmp_path)
   path = tmp_path / 'report.html'
