@@ -23,4 +23,43 @@ def get_config():
     'weight_decay': 0.2,
     'checkpoint_every': 500,
   }
+  config.capture = {
+    'sites': ('h.2.resid.post_mlp',),
+    'n_tokens': 1_000_000,
+    'dtype': 'bfloat16',
+    'batch_size': 32,
+    'shard_examples': 1024,
+    'store': '',  # workdir/activations, or a folder, gs://bucket/prefix, s3://bucket/prefix
+  }
+  config.sae = {
+    'site': 'h.2.resid.post_mlp',
+    'source': 'store',  # or 'live': captured while training, stored nowhere
+    'recipe': 'topk',  # or 'multi_topk'
+    'n_latents': 2048,
+    'k': 16,
+    'normalization': 'layer_norm_std',  # or 'unit_norm', 'none'
+    'auxk': 64,
+    'auxk_coef': 1 / 32,
+    'dead_tokens': 500_000,
+    'tokens': 4_000_000,
+    'batch_size': 4096,
+    'buffer_examples': 2048,
+    'learning_rate': 1e-3,
+    'warmup_steps': 50,
+    'adam_eps': 6.25e-10,
+    'clip': 0.0,
+    'ema': 0.0,
+    'steps_per_dispatch': 4,
+    'checkpoint_every': 250,
+    'log_every': 10,
+  }
+  config.evaluate = {'n_tokens': 65_536, 'batch_size': 16}
+  config.records = {
+    'n_windows': 8192,
+    'n_top': 20,
+    'n_random': 15,
+    'n_quantile': 5,
+    'neurons_layer': 2,
+    'batch_size': 16,
+  }
   return config

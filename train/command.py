@@ -159,7 +159,7 @@ def claim(folder: pathlib.Path, settings: Mapping) -> bool:
     ValueError: the folder was made with other settings; the message names the first that differs.
   """
   path, settings = folder / 'config.json', _plain(settings)
-  if path.is_file():
+  if path.is_file() and len(list(folder.iterdir())) > 1:  # a folder with nothing else in it has lost nothing
     if difference := _first_difference(settings, json.loads(path.read_text('utf-8'))):
       raise ValueError(
         f'{folder} was made with another config: {difference}; choose another --workdir, or delete {folder} to make it '

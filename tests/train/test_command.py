@@ -76,7 +76,9 @@ command.main(run)
 def test_a_folder_of_another_config_raises_and_names_the_field(tmp_path):
   settings = {'sae': ml_collections.ConfigDict({'k': 16, 'n_latents': 64}), 'seed': 0}
   folder = tmp_path / 'sae'
+  assert not command.claim(folder, settings | {'seed': 1})  # nothing was made with it
   assert not command.claim(folder, settings)
+  (folder / 'metrics.jsonl').touch()
   assert not command.claim(folder, settings)
   with pytest.raises(ValueError, match=r'was made with another config: sae\.k is 16 there and 8 now; choose another'):
     command.claim(folder, settings | {'sae': {'k': 8, 'n_latents': 64}})
