@@ -158,19 +158,34 @@ def claim(folder: pathlib.Path, settings: Mapping) -> bool:
   Raises:
     ValueError: the folder was made with other settings; the message names the first that differs.
   """
-  path, settings = folder / 'config.json', _plain(settings)
-  if path.is_file() and len(list(folder.iterdir())) > 1:  # a folder with nothing else in it has lost nothing
-    if difference := _first_difference(settings, json.loads(path.read_text('utf-8'))):
-      raise ValueError(
-        f'{folder} was made with another config: {difference}; choose another --workdir, or delete {folder} to make it '
-        'anew'
-      )
-  else:
+  if folder.is_dir() and {path.name for path in folder.iterdir()} - {'config.json'}:
+    _check_settings(folder, settings)
+  else:  # what is not there, or holds nothing yet, may be made with any settings
     folder.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(settings, indent=2).encode())
+    _write(folder / 'config.json', json.dumps(_plain(settings), indent=2).encode())
   if done := (folder / 'DONE').exists():
     print(f'{folder} is done already')
   return done
+
+
+def require(folder: pathlib.Path, settings: Mapping, stage: str):
+  """Checks that the folder of an earlier stage is finished, and was made with these settings.
+
+  Raises:
+    FileNotFoundError: it is not finished.
+    ValueError: it was made with other settings; the message names the first that differs.
+  """
+  if not (folder / 'DONE').exists():
+    raise FileNotFoundError(f'{folder} is not finished; run {stage} first, with the same --config and --workdir')
+  _check_settings(folder, settings)
+
+
+def _check_settings(folder, settings):
+  there = json.loads((folder / 'config.json').read_text('utf-8'))
+  if difference := _first_difference(_plain(settings), there):
+    raise ValueError(
+      f'{folder} was made with another config: {difference}; choose another --workdir, or delete {folder} to make it anew'
+    )
 
 
 def finish(folder: pathlib.Path):

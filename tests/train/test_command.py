@@ -82,8 +82,13 @@ def test_a_folder_of_another_config_raises_and_names_the_field(tmp_path):
   assert not command.claim(folder, settings)
   with pytest.raises(ValueError, match=r'was made with another config: sae\.k is 16 there and 8 now; choose another'):
     command.claim(folder, settings | {'sae': {'k': 8, 'n_latents': 64}})
+  with pytest.raises(FileNotFoundError, match=r'sae is not finished; run train\.sae first'):
+    command.require(folder, settings, 'train.sae')
   command.finish(folder)
   assert command.claim(folder, settings)
+  command.require(folder, settings, 'train.sae')
+  with pytest.raises(ValueError, match='seed is 0 there and 1 now'):
+    command.require(folder, settings | {'seed': 1}, 'train.sae')
 
 
 def test_the_metrics_log_forgets_steps_after_the_checkpoint_and_a_torn_line(tmp_path):
