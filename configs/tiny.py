@@ -62,4 +62,5 @@ def get_config():
     'neurons_layer': 2,
     'batch_size': 16,
   }
+  config.report = {'n_components': 100}  # of each kind, beside those that are explained
   return config

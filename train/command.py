@@ -184,7 +184,8 @@ def _check_settings(folder, settings):
   there = json.loads((folder / 'config.json').read_text('utf-8'))
   if difference := _first_difference(_plain(settings), there):
     raise ValueError(
-      f'{folder} was made with another config: {difference}; choose another --workdir, or delete {folder} to make it anew'
+      f'{folder} was made with another config: {difference}; choose another --workdir, or delete {folder} to make it '
+      'anew'
     )
 
 
