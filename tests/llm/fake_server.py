@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+import zlib
 from collections.abc import Callable
 
 
@@ -32,16 +33,20 @@ class Server:
     return [path for path, _ in self.requests]
 
 
-def level(text: str) -> int:
-  """Returns the level at the end of a text: copied where a list shows only one value, else the length of the token."""
+def _level(text: str) -> int:
+  """Returns a level for the end of a text.
+
+  Copied where a list shows only one value, 9 where the explanation names the token, else the length of the token.
+  """
   values = re.findall(r'\t(\d+)\n', text)
   if 'Looks for' not in text and len(set(values)) == 1:
     return int(values[0])
-  return min(9, len(text.rsplit('\n', 1)[-1].split('\t')[0]))
+  token, explanation = text.rsplit('\n', 1)[-1].split('\t')[0], text.rsplit('Looks for: ', 1)[-1].split('\n')[0]
+  return 9 if token.strip() in explanation else min(9, len(token))
 
 
 def _top(server: Server, text: str) -> dict[str, float]:
-  value = str(level(text))
+  value = str(_level(text))
   value = value[0] if server.splits_ten else value
   if server.completions == 'junk':
     value = '3'
@@ -71,7 +76,8 @@ def _chat(server: Server, messages: list) -> str:
   if 'JSON' in messages[0]['content']:
     tokens = json.loads(last)['tokens']
     return json.dumps({'activations': [[token, min(9, len(token))] for token in tokens]})
-  return f'This neuron fires on words like "{re.findall(r"Fired on: (.*?) ", last + "Fired on: none ")[0]}".'
+  strongest = re.findall(r'(.*)\t10\n', last)
+  return f'This neuron fires on {" and ".join(strongest)}, {zlib.crc32(last.encode())}.'
 
 
 def _handler(server: Server):
