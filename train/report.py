@@ -36,8 +36,10 @@ def _as_made(config, workdir) -> ml_collections.ConfigDict:
 
 def _training(config, workdir):
   """Returns the logs that are there, by name, with the tokens that were seen at every step."""
-  logs = {name: _read_jsonl(workdir / name / 'metrics.jsonl') for name in ('sae', 'lm')}
-  batch = {'sae': config.sae.batch_size, 'lm': config.lm.batch_size * config.lm.n_ctx}
+  batch = {'sae': config.sae.batch_size}
+  if 'lm' in config:
+    batch['lm'] = config.lm.batch_size * config.lm.n_ctx
+  logs = {name: _read_jsonl(workdir / name / 'metrics.jsonl') for name in batch}
   return {name: [row | {'tokens': row['step'] * batch[name]} for row in rows] for name, rows in logs.items() if rows}
 
 

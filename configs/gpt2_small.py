@@ -1,0 +1,55 @@
+"""GPT-2 small, layer 8, 32,768 latents, 32 of them active: the setting of Gao et al. 2024, for one accelerator.
+
+The embedded text is a start; give a corpus of your own with --config.text.source=corpus.jsonl.
+"""
+
+import ml_collections
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.mesh = {'data': 1, 'model': 1}
+  config.model = {'source': 'openai-community/gpt2'}  # from the hub, or a folder
+  config.text = {'source': 'embedded', 'window': 64}
+  config.capture = {
+    'sites': ('h.8.resid.post_mlp',),
+    'n_tokens': 2_000_000,
+    'dtype': 'bfloat16',
+    'batch_size': 32,
+    'shard_examples': 1024,
+    'store': '',  # workdir/activations, or a folder, gs://bucket/prefix, s3://bucket/prefix
+  }
+  config.sae = {
+    'site': 'h.8.resid.post_mlp',
+    'source': 'store',  # or 'live': captured while training, stored nowhere
+    'recipe': 'topk',  # or 'multi_topk'
+    'n_latents': 32_768,
+    'k': 32,
+    'normalization': 'layer_norm_std',  # or 'unit_norm', 'none'
+    'auxk': 512,
+    'auxk_coef': 1 / 32,
+    'dead_tokens': 10_000_000,
+    'tokens': 50_000_000,
+    'batch_size': 8192,
+    'buffer_examples': 4096,
+    'learning_rate': 1.4e-4,
+    'warmup_steps': 500,
+    'adam_eps': 6.25e-10,
+    'clip': 0.0,
+    'ema': 0.999,
+    'steps_per_dispatch': 4,
+    'checkpoint_every': 500,
+    'log_every': 10,
+  }
+  config.evaluate = {'n_tokens': 65_536, 'batch_size': 16}
+  config.records = {
+    'n_windows': 8192,
+    'n_top': 20,
+    'n_random': 15,
+    'n_quantile': 5,
+    'neurons_layer': 8,
+    'batch_size': 16,
+  }
+  config.report = {'n_components': 100}  # of each kind, beside those that are explained
+  return config
