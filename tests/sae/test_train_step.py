@@ -11,7 +11,7 @@ from jax_interp.sae import losses, train_step
 from models import sae, sharding
 
 S, B, D, L, K = 3, 64, 24, 512, 4
-OBJECTIVE = losses.Objective(((K, 1.0), (4 * K, 1 / 8)), auxk=8, dead_tokens=2 * B)
+OBJECTIVE = losses.Objective(((K, 1.0), (4 * K, 1 / 8)), auxk=64, dead_tokens=2 * B)
 EMA = 0.9
 
 
