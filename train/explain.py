@@ -19,8 +19,9 @@ from jax_interp import records, store
 from jax_interp.explain import neuron2graph, scores, simulate, token_activation, token_lookup
 from jax_interp.llm import backends, client, cost
 from jax_interp.report import page
-from models import sae as sae_lib
 from train import command
+from train import records as train_records
+from train import sae as train_sae
 
 SPLIT = 'valid'  # scored; 'train' is explained, and the mean of 'calibration' is the constant to compare with
 SCORES = ('ev_correlation', 'rsquared', 'absolute_dev_explained')
@@ -259,7 +260,8 @@ def run(config, workdir):
   folder, settings, site = workdir / 'explanations', config.explain, config.sae.site
   made_with = {name: config[name] for name in ('explain', 'records', 'sae', 'model', 'text', 'seed')}
   asked = {name: config.llm[name] for name in ('backend', 'model', 'gguf', 'temperature')}
-  if command.claim(folder, made_with | {'llm': asked}):
+  made_with['llm'] = asked
+  if folder.exists() and command.claim(folder, made_with):
     return
   record_lines, arrays = records.read(workdir / 'records', 'latents')
   top, random = arrays['top_windows'], arrays['random_windows']
@@ -269,7 +271,6 @@ def run(config, workdir):
   targets = [_target(i, record_lines[i], top[i], random[i]) for i in indices.tolist()]
   n_llm = min(settings.n_llm, len(targets))
   few = [_fewer(targets[i * len(targets) // n_llm], settings.n_llm_scored) for i in range(n_llm)]
-
   asking = {'n_shown': settings.n_shown, 'temperature': config.llm.temperature, 'seed': config.seed}
 
   with backends.language_models(
@@ -277,11 +278,11 @@ def run(config, workdir):
   ) as llms:
     if llms and few:
       _announce(llms[0], few, asking, config.llm)
-    subject, sae = command.subject(config, workdir), sae_lib.load_sae(workdir / 'sae' / 'final')
+    command.claim(folder, made_with)  # now that nothing speaks against these settings
+    subject, sae = command.subject(config, workdir), train_sae.load(config, workdir)
     strings = records.token_strings(subject.tokenizer)
     batch_size = config.records.batch_size
-    windows = command.windows(config, workdir, subject.tokenizer, 'train')[: config.records.n_windows]
-    windows = windows[: len(windows) // batch_size * batch_size]
+    windows = train_records.windows(config, workdir, subject.tokenizer)
 
     def token_lookups(jobs):
       components = np.array([target.index for target, _ in jobs])
