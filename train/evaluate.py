@@ -5,9 +5,8 @@ Leaves workdir/evaluation/metrics.json, {name: number or list}; `jax_interp.eval
 
 from jax_interp import activations, store
 from jax_interp.evals import downstream, reconstruction
-from models import sae as sae_lib
-from models import sites
 from train import command
+from train import sae as train_sae
 
 
 def _batches(windows_et, batch_size, what):
@@ -49,15 +48,14 @@ def run(config, workdir):
 
   Raises:
     FileNotFoundError: there is no SAE.
-    KeyError: the site is misspelt.
-    ValueError: there was another config, the SAE is of another width, or the held-out text is too short.
+    ValueError: it or the evaluation was made with another config, or the held-out text is too short.
   """
   settings, folder, site = config.evaluate, workdir / 'evaluation', config.sae.site
   made_with = {name: config[name] for name in ('evaluate', 'sae', 'model', 'text', 'seed')}
   if command.claim(folder, made_with):
     return
   subject = command.subject(config, workdir)
-  sae = sae_lib.load_sae(workdir / 'sae' / 'final')
+  sae = train_sae.load(config, workdir)
   windows_et = command.windows(config, workdir, subject.tokenizer, 'held_out')
   n_batches = min(settings.n_tokens, windows_et.size) // (settings.batch_size * config.text.window)
   if not n_batches:
@@ -66,9 +64,6 @@ def run(config, workdir):
       f'evaluate.n_tokens {settings.n_tokens} or the {windows_et.size} of the held-out text; shrink the batch'
     )
   windows_et = windows_et[: n_batches * settings.batch_size]
-  width = sites.site_shapes(subject.model, windows_et[: settings.batch_size], (site,))[site].shape[-1]
-  if width != sae.pre_bias.shape[0]:
-    raise ValueError(f'the SAE reads {sae.pre_bias.shape[0]} channels and {site} has {width}; it is of another site')
   found = evaluate(subject.model, sae, site, windows_et, subject.tokenizer.eos_token_id, settings.batch_size)
   numbers = dict(found)
   store.write_json(folder / 'metrics.json', numbers)

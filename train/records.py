@@ -10,17 +10,20 @@ import jax
 import numpy as np
 
 from jax_interp import records
-from models import sae as sae_lib
 from train import command
+from train import sae as train_sae
 
 
 def windows(config, workdir, tokenizer) -> np.ndarray:
-  """Returns the windows [example, token] that are recorded: of the training text, a whole number of batches.
+  """Returns the windows [example, token] that are recorded: of the training text, no two alike, in whole batches.
+
+  Were a window to come twice, an explanation could be scored on what it was made from.
 
   Raises:
     ValueError: they do not fill a batch.
   """
   settings, windows_et = config.records, command.windows(config, workdir, tokenizer, 'train')
+  windows_et = windows_et[np.sort(np.unique(windows_et, axis=0, return_index=True)[1])]
   n_windows = min(settings.n_windows, len(windows_et)) // settings.batch_size * settings.batch_size
   if not n_windows:
     raise ValueError(
@@ -90,7 +93,7 @@ def run(config, workdir):
   subject = command.subject(config, workdir)
   windows_et = windows(config, workdir, subject.tokenizer)
   kinds = {
-    'latents': (config.sae.site, sae_lib.load_sae(workdir / 'sae' / 'final')),
+    'latents': (config.sae.site, train_sae.load(config, workdir)),
     'neurons': (f'h.{settings.neurons_layer}.mlp.post_act', None),
   }
   for kind, (site, sae) in kinds.items():

@@ -50,6 +50,22 @@ def _check(settings):
   sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
 
 
+def made_with(config) -> dict:
+  """Returns all that the SAE depends on."""
+  return {name: config[name] for name in ('sae', 'capture', 'model', 'text', 'seed')}
+
+
+def load(config, workdir) -> sae.SparseAutoencoder:
+  """Returns what this stage left, on the ambient mesh.
+
+  Raises:
+    FileNotFoundError: it is not finished.
+    ValueError: it was made with another config.
+  """
+  command.require(workdir / 'sae', made_with(config), 'train.sae')
+  return sae.load_sae(workdir / 'sae' / 'final')
+
+
 def run(config, workdir):
   """Trains the SAE, or resumes; says so and returns when it is there.
 
@@ -60,8 +76,7 @@ def run(config, workdir):
   """
   settings, folder = config.sae, workdir / 'sae'
   _check(settings)
-  made_with = {name: config[name] for name in ('sae', 'capture', 'model', 'text', 'seed')}
-  if command.claim(folder, made_with):
+  if command.claim(folder, made_with(config)):
     return
   read, n_examples, n_tokens = _reader(config, workdir)
 

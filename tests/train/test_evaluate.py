@@ -13,6 +13,7 @@ from flax import nnx
 from models import gpt2, pretrained, sharding
 from models import sae as sae_lib
 from train import command, evaluate
+from train import sae as train_sae
 
 D, L = 8, 16
 
@@ -32,7 +33,9 @@ def workdir(tmp_path_factory):
   with jax.set_mesh(sharding.make_mesh()):
     pretrained.save_model(folder / 'model', jax.jit(lambda: gpt2.GPT2(config, nnx.Rngs(0)))())
     identity = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
+    command.claim(folder / 'sae', train_sae.made_with(make_config(folder)))
     sae_lib.save(folder / 'sae' / 'final', sae_lib.SparseAutoencoder(identity, identity, jnp.zeros(D), jnp.zeros(L), L))
+    command.finish(folder / 'sae')
   return folder
 
 
@@ -42,6 +45,7 @@ def make_config(workdir, **changed):
       'seed': 0,
       'model': {'source': str(workdir / 'model')},
       'text': {'source': str(workdir / 'text.jsonl'), 'window': 16},
+      'capture': {},
       'sae': {'site': 'h.0.resid.post_mlp'},
       'evaluate': {'n_tokens': 200, 'batch_size': 4, **changed},
     }
@@ -72,8 +76,7 @@ def test_metrics_are_written_once(workdir, tmp_path, capsys):
   ('change', 'error', 'message'),
   [
     ({'evaluate.n_tokens': 60}, ValueError, 'shrink the batch'),
-    ({'sae.site': 'h.0.mlp.post_act'}, ValueError, 'the SAE reads 8 channels and h.0.mlp.post_act has 32'),
-    ({'sae.site': 'h.0.resid.post'}, KeyError, 'nearest are h.0.resid.post_mlp'),
+    ({'sae.site': 'h.0.mlp.post_act'}, ValueError, "another config: sae.site is 'h.0.resid.post_mlp' there"),
   ],
 )
 def test_bad_settings_are_told(workdir, tmp_path, change, error, message):

@@ -10,6 +10,7 @@ from jax_interp import records
 from models import pretrained, sae, sites
 from train import command
 from train import records as train_records
+from train import sae as train_sae
 
 SITE, N_LATENTS, N_NEURONS, N_WINDOWS, WINDOW = 'h.1.resid.post_mlp', 256, 768, 24, 16
 
@@ -26,6 +27,7 @@ def config(tmp_path):
       'seed': 0,
       'model': {'source': 'embedded'},
       'text': {'source': str(tmp_path / 'corpus.jsonl'), 'window': WINDOW},
+      'capture': {},
       'sae': {'site': SITE},
       'records': {**sizes, 'neurons_layer': 2},
     }
@@ -37,7 +39,9 @@ def workdir(mesh, config, tmp_path):
   """A workdir where the SAE is trained already."""
   sample_bd = np.random.default_rng(1).normal(size=(64, 192)).astype(np.float32)
   found = sae.init_sae(jax.random.key(0), sample_bd, N_LATENTS, k=8, normalization='layer_norm_std')
+  command.claim(tmp_path / 'sae', train_sae.made_with(config))
   sae.save(tmp_path / 'sae' / 'final', found)
+  command.finish(tmp_path / 'sae')
   return tmp_path
 
 
