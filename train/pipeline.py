@@ -5,12 +5,20 @@ import json
 from train import capture, command, evaluate, explain, lm, records, report, sae
 
 STAGES = (lm, capture, sae, evaluate, records, explain, report)
+HEADLINES = {
+  'normalized_mse': 'normalized MSE',
+  'explained_variance': 'explained variance',
+  'l0': 'L0',
+  'dead_latent_fraction': 'dead latents',
+  'loss_recovered_zero': 'loss recovered (against zero ablation)',
+  'loss_recovered_mean': 'loss recovered (against mean ablation)',
+}
 
 
 def run(config, workdir):
   """Runs every stage that is not done, and prints what came out."""
-  for stage in STAGES:
-    print(f'{stage.__name__}: ', end='', flush=True)
+  for number, stage in enumerate(STAGES, 1):
+    print(f'[{number}/{len(STAGES)}] {stage.__name__}', flush=True)
     stage.run(config, workdir)
   _print_summary(workdir)
 
@@ -18,7 +26,21 @@ def run(config, workdir):
 def _print_summary(workdir):
   metrics = json.loads((workdir / 'evaluation' / 'metrics.json').read_text('utf-8'))
   summary = json.loads((workdir / 'explanations' / 'summary.json').read_text('utf-8'))
-  print(metrics, summary)
+  print('\nThe autoencoder, on held-out text:')
+  for name, words in HEADLINES.items():
+    print(f'  {words:40} {metrics[name]:8.4f}')
+  print("Explanations, correlation of simulated with true activations (95 % interval; another latent's explanation):")
+  for method, found in summary.items():
+    null = found['nulls']['other_explanation'].get('ev_correlation')
+    print(f'  {method:40} {_interval(found["scores"].get("ev_correlation"))}; {_interval(null)}')
+  print(f"""
+Look at it: open {workdir / 'report.html'} in a browser.
+The same on GPT-2 small, explained by a hosted language model (needs a network, a key, and better an accelerator):
+  OPENAI_API_KEY=... .venv/bin/python -m train.pipeline --config=configs/gpt2_small.py --workdir=runs/gpt2_small""")
+
+
+def _interval(score: dict | None) -> str:
+  return '{mean:.3f} ({low:.3f} to {high:.3f}, n = {n})'.format(**score) if score else 'not defined'
 
 
 if __name__ == '__main__':
