@@ -51,5 +51,21 @@ def get_config():
     'neurons_layer': 8,
     'batch_size': 16,
   }
+  config.explain = {
+    'n_components': 64,  # latents, explained by every method that needs no language model
+    'n_llm': 64,  # of them also by the language model
+    'n_shown': 5,  # excerpts it is shown of each
+    'n_llm_scored': 5,  # top excerpts it simulates of each, and as many random ones
+  }
+  config.llm = {
+    'backend': 'auto',  # 'openai' where there is a key, else 'local', else 'none'
+    'model': '',  # of the hosted server
+    'gguf': '',  # file of the local model, SmolLM2-135M by default
+    'concurrency': 8,
+    'temperature': 0.0,
+    'budget_usd': 5.0,
+    'usd_per_million_prompt': ml_collections.config_dict.placeholder(float),  # where the price is not known
+    'usd_per_million_completion': ml_collections.config_dict.placeholder(float),
+  }
   config.report = {'n_components': 100}  # of each kind, beside those that are explained
   return config

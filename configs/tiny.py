@@ -40,15 +40,15 @@ def get_config():
     'normalization': 'layer_norm_std',  # or 'unit_norm', 'none'
     'auxk': 64,
     'auxk_coef': 1 / 32,
-    'dead_tokens': 500_000,
-    'tokens': 4_000_000,
+    'dead_tokens': 200_000,
+    'tokens': 3_000_000,
     'batch_size': 4096,
     'buffer_examples': 2048,
-    'learning_rate': 1e-3,
+    'learning_rate': 2e-3,
     'warmup_steps': 50,
     'adam_eps': 6.25e-10,
     'clip': 0.0,
-    'ema': 0.0,
+    'ema': 0.99,
     'steps_per_dispatch': 4,
     'checkpoint_every': 250,
     'log_every': 10,
@@ -61,6 +61,22 @@ def get_config():
     'n_quantile': 5,
     'neurons_layer': 2,
     'batch_size': 16,
+  }
+  config.explain = {
+    'n_components': 64,  # latents, explained by every method that needs no language model
+    'n_llm': 8,  # of them also by the language model
+    'n_shown': 3,  # excerpts it is shown of each
+    'n_llm_scored': 3,  # top excerpts it simulates of each, and as many random ones
+  }
+  config.llm = {
+    'backend': 'auto',  # 'openai' where there is a key, else 'local', else 'none'
+    'model': '',  # of the hosted server
+    'gguf': '',  # file of the local model, SmolLM2-135M by default
+    'concurrency': 2,
+    'temperature': 0.0,
+    'budget_usd': 1.0,
+    'usd_per_million_prompt': ml_collections.config_dict.placeholder(float),  # where the price is not known
+    'usd_per_million_completion': ml_collections.config_dict.placeholder(float),
   }
   config.report = {'n_components': 100}  # of each kind, beside those that are explained
   return config
