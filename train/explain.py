@@ -224,16 +224,15 @@ def _run_method(
   done = {t.index: json.loads(path(t).read_text('utf-8')) for t in targets if path(t).exists()}
   done = {index: unit for index, unit in done.items() if unit['model'] == about['model']}
   jobs = [job for job in _jobs(targets) if job[0].index not in done]
-  bar = command.progress(None, len(targets), method, 'latents', initial=len(done))
   found = [_score(list(zip(t.scored, done[t.index]['own'], strict=False))) for t in targets if t.index in done]
-  for target, unit in explain(jobs) if jobs else ():
-    done[target.index] = unit | {'model': about['model']}
-    store.write_json(path(target), done[target.index])
-    found.append(_score(list(zip(target.scored, unit['own'], strict=False))))
-    correlations = [s['ev_correlation'] for s in found if s and s['ev_correlation'] is not None]
-    bar.update()
-    bar.set_postfix(mean_score=f'{np.mean(correlations):.3f}' if correlations else 'none yet')
-  bar.close()
+  with command.progress(None, len(targets), f'train.explain: {method}', 'latents', initial=len(done)) as bar:
+    for target, unit in explain(jobs) if jobs else ():
+      done[target.index] = unit | {'model': about['model']}
+      store.write_json(path(target), done[target.index])
+      found.append(_score(list(zip(target.scored, unit['own'], strict=False))))
+      correlations = [s['ev_correlation'] for s in found if s and s['ev_correlation'] is not None]
+      bar.update()
+      bar.set_postfix(mean_score=f'{np.mean(correlations):.3f}' if correlations else 'none yet')
   null_of = {other.index: done[target.index]['other'] for target, other in _jobs(targets) if target is not other}
   lines = [
     {'component': about['component'] | {'index': t.index}, 'method': method, 'simulator': about['simulator']}
@@ -258,11 +257,12 @@ def run(config, workdir):
     OSError: the language model is not there, refuses the key, or its memory cannot be written.
   """
   folder, settings, site = workdir / 'explanations', config.explain, config.sae.site
-  made_with = {name: config[name] for name in ('explain', 'records', 'sae', 'model', 'text', 'seed')}
+  recorded = {name: config[name] for name in ('records', 'sae', 'model', 'text', 'seed')}
   asked = {name: config.llm[name] for name in ('backend', 'model', 'gguf', 'temperature')}
-  made_with['llm'] = asked
+  made_with = recorded | {'explain': settings, 'llm': asked}
   if folder.exists() and command.claim(folder, made_with):
     return
+  command.require(workdir / 'records', recorded, 'train.records')
   record_lines, arrays = records.read(workdir / 'records', 'latents')
   top, random = arrays['top_windows'], arrays['random_windows']
   indices = sample(arrays['density'], (top >= 0).all(1) & (random >= 0).all(1), settings.n_components, config.seed)
