@@ -5,9 +5,7 @@ summary.json. A finished latent is a file in explanations/units, and an answer o
 so nothing is done, or paid, twice.
 """
 
-import collections
 import concurrent.futures
-import dataclasses
 import json
 import pathlib
 import queue
@@ -16,66 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from jax_interp import records, store
-from jax_interp.explain import neuron2graph, scores, simulate, token_activation, token_lookup
+from jax_interp.explain import neuron2graph, results, scores, simulate, token_activation, token_lookup
 from jax_interp.llm import backends, client, cost
-from jax_interp.report import page
 from train import command
 from train import records as train_records
 from train import sae as train_sae
 
-SPLIT = 'valid'  # scored; 'train' is explained, and the mean of 'calibration' is the constant to compare with
-SCORES = ('ev_correlation', 'rsquared', 'absolute_dev_explained')
-
-
-@dataclasses.dataclass(frozen=True)
-class Excerpt:
-  """A window of text with a latent's activations; `sort` is 'top' or 'random'."""
-
-  sort: str
-  window: int
-  tokens: list[str]
-  activations: list[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """A latent, the excerpts its explanation is made from, and those it is scored on."""
-
-  index: int
-  shown: list[Excerpt]
-  scored: list[Excerpt]
-  constant: float  # mean activation over the calibration split
-
-
-Job = tuple[Target, Target]  # a latent to explain, and the one for which its explanation is the null
+Job = tuple[results.Target, results.Target]  # a latent to explain, and the one for which its explanation is the null
 
 # What a method yields for a job: the target, and its unit {explanation, status, detail, own, other}, where `own` and
 # `other` hold {status, detail, simulated: activations or None} for each excerpt that the latent, and that the other,
 # is scored on.
-Results = Iterator[tuple[Target, dict]]
-
-
-def sample(density_c: np.ndarray, alive_c: np.ndarray, n: int, seed: int) -> np.ndarray:
-  """Returns up to n alive components, one drawn from each of n groups of like density, the least dense first."""
-  alive = np.flatnonzero(alive_c)
-  by_density = alive[np.argsort(density_c[alive], kind='stable')]
-  rng = np.random.default_rng(seed)
-  return np.array([rng.choice(group) for group in np.array_split(by_density, n) if len(group)], int)
-
-
-def _target(index: int, record: dict, top_windows: Sequence[int], random_windows: Sequence[int]) -> Target:
-  def excerpts(sort, windows, found):
-    return [Excerpt(sort, int(w), e['tokens'], e['activations']) for w, e in zip(windows, found, strict=True)]
-
-  top = excerpts('top', top_windows, record['most_positive_activation_records'])
-  split = records.splits(top, excerpts('random', random_windows, record['random_sample']), n=None)
-  return Target(index, split['train'], split[SPLIT], float(np.mean([e.activations for e in split['calibration']])))
-
-
-def _fewer(target: Target, n: int) -> Target:
-  """Returns the target with n of the top and n of the random excerpts it is scored on."""
-  kept = [e for sort in ('top', 'random') for e in [e for e in target.scored if e.sort == sort][:n]]
-  return dataclasses.replace(target, scored=kept)
+Results = Iterator[tuple[results.Target, dict]]
 
 
 def _check_stopping():
@@ -111,7 +61,7 @@ def _ask(llm: client.LLM, job: Job, n_shown: int, temperature: float, seed: int)
   return unit
 
 
-def _simulate(llm: client.LLM, explanation: str, target: Target) -> list[dict]:
+def _simulate(llm: client.LLM, explanation: str, target: results.Target) -> list[dict]:
   """Simulates a latent's excerpts, in its own unit: level 10 is the most it does on the excerpts to explain it from."""
   level = scores.maximum(e.activations for e in target.shown) / scores.LEVELS
   found = []
@@ -145,69 +95,6 @@ def _with_llm(llms: Sequence[client.LLM], jobs: Sequence[Job], **settings) -> Re
       pool.shutdown(cancel_futures=True)
 
 
-def _score(pairs: Sequence[tuple[Excerpt, dict]]) -> dict | None:
-  """Returns the scores, None where undefined, over the excerpts that could be simulated; None if there are none."""
-  ok = [(excerpt.activations, simulation['simulated']) for excerpt, simulation in pairs if simulation['status'] == 'ok']
-  return _nullable(scores.score(*zip(*ok, strict=True))) if ok else None
-
-
-def _nullable(values: dict[str, float]) -> dict[str, float | None]:
-  return {name: value if np.isfinite(value) else None for name, value in values.items()}
-
-
-def line(target: Target, unit: dict, null_simulations: Sequence[dict]) -> dict:
-  """Returns the part of a line of explanations/<method>.jsonl that depends on the latent alone.
-
-  Args:
-    target: the latent.
-    unit: its result, and the `model` that gave it.
-    null_simulations: of the target's excerpts, by the explanation of another; none if that failed.
-  """
-  pairs = list(zip(target.scored, unit['own'], strict=bool(unit['own'])))
-  ok = [(e, s['simulated']) for e, s in pairs if s['status'] == 'ok']
-  failed = [s for _, s in pairs if s['status'] != 'ok']
-  status, detail = unit['status'], unit['detail']
-  if failed:
-    status = status if ok else failed[0]['status']
-    detail = f'{len(failed)} of {len(pairs)} excerpts could not be simulated; the first: {failed[0]["detail"]}'
-  own, constant = _score(pairs), scores.constant_null([e.activations for e in target.scored], target.constant)
-  return {
-    'explanation': unit['explanation'],
-    'status': status,
-    'detail': detail,
-    'model': unit['model'],
-    'excerpts': collections.Counter(s['status'] for _, s in pairs),
-    'scores': own and own | {'random_only': _score([(e, s) for e, s in pairs if e.sort == 'random'])},
-    'nulls': {
-      'other_explanation': _score(list(zip(target.scored, null_simulations, strict=bool(null_simulations)))),
-      'constant': _nullable(constant),
-    },
-    'sequences': [
-      {'split': e.sort, 'window': e.window, 'tokens': e.tokens, 'true': e.activations, 'simulated': s} for e, s in ok
-    ],
-  }
-
-
-def summarize(lines: Sequence[dict]) -> dict:
-  """Counts the lines of each status, and gives each score's mean with a 95 % bootstrap interval over the latents."""
-
-  def means(found):
-    values = {name: [s[name] for s in found if s and s[name] is not None] for name in SCORES}
-    return {
-      name: dict(zip(('mean', 'low', 'high'), page.interval(v), strict=True)) | {'n': len(v)}
-      for name, v in values.items()
-      if v
-    }
-
-  return {
-    'status': collections.Counter(line['status'] for line in lines),
-    'excerpts': sum((collections.Counter(line['excerpts']) for line in lines), collections.Counter()),
-    'scores': means([line['scores'] for line in lines]),
-    'random_only': means([line['scores'] and line['scores']['random_only'] for line in lines]),
-    'nulls': {null: means([line['nulls'][null] for line in lines]) for null in ('other_explanation', 'constant')},
-  }
-
-
 def _run_method(
   folder: pathlib.Path, method: str, targets, about: dict, explain: Callable[[list[Job]], Results]
 ) -> dict:
@@ -224,26 +111,26 @@ def _run_method(
   done = {t.index: json.loads(path(t).read_text('utf-8')) for t in targets if path(t).exists()}
   done = {index: unit for index, unit in done.items() if unit['model'] == about['model']}
   jobs = [job for job in _jobs(targets) if job[0].index not in done]
-  found = [_score(list(zip(t.scored, done[t.index]['own'], strict=False))) for t in targets if t.index in done]
+  found = [results.score(list(zip(t.scored, done[t.index]['own'], strict=False))) for t in targets if t.index in done]
   with command.progress(None, len(targets), f'train.explain: {method}', 'latents', initial=len(done)) as bar:
     for target, unit in explain(jobs) if jobs else ():
       done[target.index] = unit | {'model': about['model']}
       store.write_json(path(target), done[target.index])
-      found.append(_score(list(zip(target.scored, unit['own'], strict=False))))
+      found.append(results.score(list(zip(target.scored, unit['own'], strict=False))))
       correlations = [s['ev_correlation'] for s in found if s and s['ev_correlation'] is not None]
       bar.update()
       bar.set_postfix(mean_score=f'{np.mean(correlations):.3f}' if correlations else 'none yet')
   null_of = {other.index: done[target.index]['other'] for target, other in _jobs(targets) if target is not other}
   lines = [
     {'component': about['component'] | {'index': t.index}, 'method': method, 'simulator': about['simulator']}
-    | line(t, done[t.index], null_of.get(t.index, []))
+    | results.line(t, done[t.index], null_of.get(t.index, []))
     for t in targets
   ]
   store.write_lines(folder / f'{method}.jsonl', map(json.dumps, lines))
-  return summarize(lines) | {'model': about['model'], 'simulator': about['simulator']}
+  return results.summarize(lines) | {'model': about['model'], 'simulator': about['simulator']}
 
 
-def _jobs(targets: Sequence[Target]) -> list[Job]:
+def _jobs(targets: Sequence[results.Target]) -> list[Job]:
   """Pairs each target with the one half of them away, which differs in density."""
   half = len(targets) // 2
   return list(zip(targets, [*targets[half:], *targets[:half]], strict=True))
@@ -265,12 +152,14 @@ def run(config, workdir):
   command.require(workdir / 'records', recorded, 'train.records')
   record_lines, arrays = records.read(workdir / 'records', 'latents')
   top, random = arrays['top_windows'], arrays['random_windows']
-  indices = sample(arrays['density'], (top >= 0).all(1) & (random >= 0).all(1), settings.n_components, config.seed)
+  indices = results.sample(
+    arrays['density'], (top >= 0).all(1) & (random >= 0).all(1), settings.n_components, config.seed
+  )
   if not len(indices):
     raise ValueError('no latent is active in enough windows to be explained and scored; record more windows')
-  targets = [_target(i, record_lines[i], top[i], random[i]) for i in indices.tolist()]
+  targets = [results.target(i, record_lines[i], top[i], random[i]) for i in indices.tolist()]
   n_llm = min(settings.n_llm, len(targets))
-  few = [_fewer(targets[i * len(targets) // n_llm], settings.n_llm_scored) for i in range(n_llm)]
+  few = [results.fewer(targets[i * len(targets) // n_llm], settings.n_llm_scored) for i in range(n_llm)]
   asking = {'n_shown': settings.n_shown, 'temperature': config.llm.temperature, 'seed': config.seed}
 
   with backends.language_models(
@@ -310,7 +199,7 @@ def run(config, workdir):
     print(f'{method}: {dict(found["status"])}, {found["scores"].get("ev_correlation")}')
 
 
-def _announce(llm: client.LLM, targets: Sequence[Target], asking: dict, settings):
+def _announce(llm: client.LLM, targets: Sequence[results.Target], asking: dict, settings):
   """Prints who explains, and what that will use and cost at most. ValueError if that is above the budget."""
   print(f'{llm.model} explains, and simulates {simulate.simulator(llm)}')
   price = cost.price(llm, (settings.usd_per_million_prompt, settings.usd_per_million_completion))

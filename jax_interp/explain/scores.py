@@ -4,10 +4,11 @@ The three scores are pooled over all tokens of all excerpts, never averaged over
 released code). A score that is not defined is NaN, written as null, never a silent 0.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+N_BOOTSTRAP = 2000
 LEVELS = 10  # explanations and simulators speak of activations as the integers 0 to 10
 
 
@@ -39,18 +40,6 @@ def score(true: Sequence[Sequence[float]], simulated: Sequence[Sequence[float]])
   }
 
 
-def score_each(true: Sequence[Sequence[float]], simulated: Sequence[Sequence[float]]) -> list[dict[str, float]]:
-  """Returns the scores of each excerpt alone."""
-  return [score([y], [s]) for y, s in zip(true, simulated, strict=True)]
-
-
-def other_explanation_null(
-  true: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], simulate_other: Callable
-) -> dict[str, float]:
-  """Returns the null of another component's explanation, `simulate_other(tokens_t) -> activations_t`, here."""
-  return score(true, [simulate_other(tokens_t) for tokens_t in tokens])
-
-
 def constant_null(true: Sequence[Sequence[float]], value: float) -> dict[str, float]:
   """Returns the scores of predicting one value everywhere, such as the mean over the calibration split.
 
@@ -73,3 +62,11 @@ def normalize(activations: Sequence[float], maximum: float) -> np.ndarray:
   if maximum <= 0:
     return np.zeros(x.shape, int)
   return np.minimum(LEVELS, np.floor(LEVELS * x / maximum)).astype(int)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+  """Returns the mean of values and its 95 % percentile-bootstrap interval, resampling the values (a fixed seed)."""
+  values = np.asarray(values, np.float64)
+  resamples = np.random.default_rng(0).integers(len(values), size=(N_BOOTSTRAP, len(values)))
+  low, high = np.quantile(values[resamples].mean(1), (0.025, 0.975))
+  return float(values.mean()), float(low), float(high)

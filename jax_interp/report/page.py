@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 import markupsafe
-import numpy as np
 
+from jax_interp.explain import scores
 from jax_interp.report import components as components_lib
 from jax_interp.report import meanings, plots
 
@@ -23,7 +23,6 @@ METHODS = {
 SCORES = {'ev_correlation': 'Correlation', 'rsquared': 'R²', 'absolute_dev_explained': 'Absolute deviation explained'}
 STATUSES = ('ok', 'parse_failed', 'truncated', 'refused', 'failed')
 WEAK_MODEL = 'smollm'  # the model of 135 million parameters that stands in where there is no other
-N_BOOTSTRAP = 2000
 DENSITY_AXES = 'log10 of the fraction of tokens on which a latent is active', 'latents'
 
 TRAINED = {'sae': 'the sparse autoencoder', 'lm': 'the language model'}
@@ -129,19 +128,13 @@ def _prediction_rows(lines):
     'A constant': [(line.get('nulls') or {}).get('constant') for line in lines],
   }
   rows = []
-  for label, scores in predictions.items():
-    values = [[s[name] for s in scores if s and s.get(name) is not None] for name in SCORES]
+  for label, found in predictions.items():
+    values = [[s[name] for s in found if s and s.get(name) is not None] for name in SCORES]
     if any(values):
-      rows.append({'label': label, 'n': max(map(len, values)), 'cells': [v and (*interval(v), len(v)) for v in values]})
+      rows.append(
+        {'label': label, 'n': max(map(len, values)), 'cells': [v and (*scores.interval(v), len(v)) for v in values]}
+      )
   return rows
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-  """Returns the mean and its 95 % percentile-bootstrap interval, resampling the values (a fixed seed)."""
-  values = np.asarray(values, np.float64)
-  resamples = np.random.default_rng(0).integers(len(values), size=(N_BOOTSTRAP, len(values)))
-  low, high = np.quantile(values[resamples].mean(1), (0.025, 0.975))
-  return float(values.mean()), float(low), float(high)
 
 
 def _notices(methods):

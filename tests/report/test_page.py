@@ -214,14 +214,6 @@ def test_scores_stand_beside_their_nulls_and_failures_are_counted(written):
   assert '2 of 4 attempts did not end well' in overview
 
 
-def test_interval_is_the_mean_and_covers_it():
-  values = np.random.default_rng(1).normal(0.4, 0.2, 50)
-  mean, low, high = page.interval(values)
-  assert mean == pytest.approx(values.mean())
-  half = 1.96 * values.std() / 50**0.5  # the normal approximation, good to a tenth for 50 values
-  assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.15)
-
-
 def test_a_run_without_anything_says_what_is_missing(tmp_path):
   empty = {
     **arguments(),

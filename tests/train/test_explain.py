@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
+from jax_interp.explain import results
 from jax_interp.llm import client
 from models import gpt2, pretrained, sae, sharding
 from tests.llm import fake_server
@@ -129,7 +130,7 @@ def test_every_method_is_scored_on_what_it_did_not_see(workdir, config, server, 
       assert line['scores']['rsquared'] == pytest.approx(1 - np.mean((true - simulated) ** 2) / np.mean(true**2))
       assert line['nulls']['constant']['ev_correlation'] is None
       assert line['nulls']['other_explanation']['rsquared'] != line['scores']['rsquared']
-      assert set(line['scores']['random_only']) == set(explain.SCORES)
+      assert set(line['scores']['random_only']) == set(results.SCORES)
   assert set(indices['token_activation']) < set(indices['token_lookup']) == set(indices['neuron2graph'])
   line = _lines(workdir, 'token_activation')[0]
   assert (line['model'], line['simulator']) == ('fake-model', 'all_at_once')
@@ -195,10 +196,10 @@ def test_what_cannot_go_on_is_told_before_any_work(workdir, config, monkeypatch,
 def test_a_sample_is_spread_over_the_densities_and_alive():
   rng = np.random.default_rng(0)
   density_c, alive_c = rng.random(40), rng.random(40) < 0.7
-  found = explain.sample(density_c, alive_c, 6, seed=1)
+  found = results.sample(density_c, alive_c, 6, seed=1)
   assert len(set(found.tolist())) == 6
   assert alive_c[found].all()
   ranks = np.searchsorted(np.sort(density_c[alive_c]), density_c[found])
   assert np.array_equal(ranks * 6 // alive_c.sum(), np.arange(6))
-  assert sorted(explain.sample(density_c, alive_c, 99, seed=1)) == np.flatnonzero(alive_c).tolist()
-  assert explain.sample(density_c, np.zeros(40, bool), 6, seed=1).shape == (0,)
+  assert sorted(results.sample(density_c, alive_c, 99, seed=1)) == np.flatnonzero(alive_c).tolist()
+  assert results.sample(density_c, np.zeros(40, bool), 6, seed=1).shape == (0,)
