@@ -13,6 +13,9 @@ import numpy as np
 
 from jax_interp import records
 
+N_SHOWN = 20  # tokens named in an explanation at most
+MIN_SHARE = 0.1  # of the largest mean: a token below that says little of the component
+
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(sum_vc, tokens_bt, acts_btc, keep_bc):
@@ -54,7 +57,6 @@ def explain(
   windows: np.ndarray,
   excluded_ce: np.ndarray,
   token_strings: Sequence[str],
-  n_shown: int = 20,
 ) -> Iterator[tuple[str, Callable]]:
   """Yields (text, simulate) for every component, in the order of the batches' channels.
 
@@ -63,16 +65,16 @@ def explain(
     windows: the tokens [example, token].
     excluded_ce: as for `means`; see `records.scoring_windows`.
     token_strings: the text of every token id.
-    n_shown: tokens named in the text, at most.
 
   Yields:
-    text: the tokens of largest mean, above zero, as "'the', ' of'".
+    text: at most 20 tokens of largest mean, none below a tenth of the largest, as "'the', ' of'".
     simulate: tokens_t -> float32 activations_t.
   """
   mean_vc, count_vc = means(batches, windows, excluded_ce, len(token_strings))
   for mean_v, count_v in zip(mean_vc.T, count_vc.T, strict=True):
     seen = np.flatnonzero((mean_v > 0) & (count_v > 0))
-    top = seen[np.argsort(-mean_v[seen], kind='stable')[:n_shown]]
+    top = seen[np.argsort(-mean_v[seen], kind='stable')[:N_SHOWN]]
+    top = top[mean_v[top] >= MIN_SHARE * mean_v[top].max(initial=0)]
     yield ', '.join(repr(token_strings[i]) for i in top), functools.partial(_look_up, mean_v)
 
 
