@@ -14,19 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp import activations, store
-from models import pretrained, sites
+from models import sharding, sites
 from train import command
+
+
+def made_with(config, workdir) -> dict:
+  """Returns all that the activations depend on."""
+  return {'capture': config.capture, **command.made_from(config, workdir)}
 
 
 def open_store(config, workdir) -> store.ActivationStore:
   """Opens what this stage left.
 
   Raises:
-    FileNotFoundError: it has not run.
-    ValueError: the activations are of another model.
+    FileNotFoundError: it is not finished.
+    ValueError: it was made with another config or of another model, or has lost shards since.
   """
-  fingerprint = pretrained.fingerprint(command.subject_source(config, workdir))
-  return store.ActivationStore.open(_where(config, workdir), model=fingerprint)
+  settings = made_with(config, workdir)
+  command.require(workdir / 'activations', settings, 'train.capture')
+  saved = store.ActivationStore.open(_where(config, workdir), model=settings['fingerprint'])
+  if missing := saved.missing():
+    raise ValueError(
+      f'{len(missing)} of {saved.n_shards} shards in {saved.where} are missing or damaged, {missing[0]} for one; run '
+      'train.capture again: it captures those anew'
+    )
+  return saved
 
 
 def _where(config, workdir):
@@ -94,8 +106,10 @@ def run(config, workdir):
       f'capture.shard_examples {settings.shard_examples} is not divisible by capture.batch_size {settings.batch_size}; '
       'choose a multiple'
     )
-  done = command.claim(folder, {'capture': settings, 'model': config.model, 'text': config.text})
-  if done and not open_store(config, workdir).missing():
+  sharding.check_divides('capture.batch_size', settings.batch_size, 'data')
+  made = made_with(config, workdir)
+  done = command.claim(folder, made)
+  if done and not store.ActivationStore.open(_where(config, workdir), model=made['fingerprint']).missing():
     return
   subject = command.subject(config, workdir)
   names, n_tokens = tuple(settings.sites), config.text.window

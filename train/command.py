@@ -5,6 +5,7 @@ there, with the settings it was made with (config.json) and, once whole, an empt
 """
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -69,7 +70,7 @@ def _main(run, argv) -> int:
     )
     return 1
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: _stop.set())
+    signal.signal(number, _ask_to_stop)
   config = _CONFIG.value
   try:
     jax.set_mesh(sharding.make_mesh(**config.mesh))
@@ -84,8 +85,13 @@ def _main(run, argv) -> int:
   return 0
 
 
+def _ask_to_stop(number, frame):
+  _stop.set()
+  signal.signal(number, signal.SIG_DFL)  # asked twice, it ends at once
+
+
 def _sentence(e: Exception) -> str:
-  if isinstance(e, OSError) and e.errno == 28:
+  if isinstance(e, OSError) and e.errno == errno.ENOSPC:
     return f'no space left on the device ({e.filename or "while writing"}); make room and run the same command again'
   while isinstance(e, KeyError | AttributeError) and e.args:  # their str() is the repr of the message
     e = e.args[0]
@@ -158,7 +164,7 @@ def claim(folder: pathlib.Path, settings: Mapping) -> bool:
   Raises:
     ValueError: the folder was made with other settings; the message names the first that differs.
   """
-  if folder.is_dir() and {path.name for path in folder.iterdir()} - {'config.json'}:
+  if folder.is_dir() and {path.name for path in folder.iterdir()} - {'config.json', 'config.json.partial'}:
     _check_settings(folder, settings)
   else:  # what is not there, or holds nothing yet, may be made with any settings
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +187,10 @@ def require(folder: pathlib.Path, settings: Mapping, stage: str):
 
 
 def _check_settings(folder, settings):
-  there = json.loads((folder / 'config.json').read_text('utf-8'))
+  path = folder / 'config.json'
+  if not path.exists():
+    raise FileNotFoundError(f'{folder} holds files but no config.json, so it is not known what made them; delete it')
+  there = json.loads(path.read_text('utf-8'))
   if difference := _first_difference(_plain(settings), there):
     raise ValueError(
       f'{folder} was made with another config: {difference}; choose another --workdir, or delete {folder} to make it '
@@ -211,8 +220,16 @@ class Subject:
 
 
 def subject_source(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
-  """Returns what the subject model is loaded from: config.model.source, where 'trained' is what train.lm left."""
-  return str(workdir / 'lm' / 'model') if config.model.source == TRAINED else config.model.source
+  """Returns what the subject model is loaded from: config.model.source, where 'trained' is what train.lm left.
+
+  Raises:
+    FileNotFoundError: train.lm has not finished.
+  """
+  if config.model.source != TRAINED:
+    return config.model.source
+  if not (workdir / 'lm' / 'DONE').exists():
+    raise FileNotFoundError(f'{workdir / "lm"} is not finished; run train.lm first, with the same config')
+  return str(workdir / 'lm' / 'model')
 
 
 def subject(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Subject:
@@ -221,6 +238,12 @@ def subject(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Subject
   return Subject(
     pretrained.load_model(source), pretrained.load_tokenizer(source), source, pretrained.fingerprint(source)
   )
+
+
+def made_from(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+  """Returns what every stage depends on: the subject model, by a hash of its weights too, and the text."""
+  fingerprint = pretrained.fingerprint(subject_source(config, workdir))
+  return {'model': config.model, 'fingerprint': fingerprint, 'text': config.text}
 
 
 def windows(

@@ -51,8 +51,7 @@ def run(config, workdir):
     ValueError: it or the evaluation was made with another config, or the held-out text is too short.
   """
   settings, folder, site = config.evaluate, workdir / 'evaluation', config.sae.site
-  made_with = {name: config[name] for name in ('evaluate', 'sae', 'model', 'text', 'seed')}
-  if command.claim(folder, made_with):
+  if command.claim(folder, {'evaluate': settings, **train_sae.made_with(config, workdir)}):
     return
   subject = command.subject(config, workdir)
   sae = train_sae.load(config, workdir)

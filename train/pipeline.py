@@ -28,7 +28,8 @@ def _print_summary(workdir):
   summary = json.loads((workdir / 'explanations' / 'summary.json').read_text('utf-8'))
   print('\nThe autoencoder, on held-out text:')
   for name, words in HEADLINES.items():
-    print(f'  {words:40} {metrics[name]:8.4f}')
+    if metrics[name] is not None:
+      print(f'  {words:40} {metrics[name]:8.4f}')
   print("Explanations, correlation of simulated with true activations (95 % interval; another latent's explanation):")
   for method, found in summary.items():
     null = found['nulls']['other_explanation'].get('ev_correlation')

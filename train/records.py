@@ -1,7 +1,7 @@
 """Records every latent of the SAE and every MLP neuron of one layer, on the training text.
 
-Leaves workdir/records/{latents,neurons}.{jsonl,npz}: see `jax_interp.records`. Stopped, it keeps the kind that is
-finished and begins the other anew.
+Leaves workdir/records/{latents,neurons}.{jsonl,npz}, see `jax_interp.records`, and the windows they number,
+windows.npy. Stopped, it keeps the kind that is finished and begins the other anew.
 """
 
 import re
@@ -14,13 +14,15 @@ from train import command
 from train import sae as train_sae
 
 
-def windows(config, workdir, tokenizer) -> np.ndarray:
-  """Returns the windows [example, token] that are recorded: of the training text, no two alike, in whole batches.
+def made_with(config, workdir) -> dict:
+  """Returns all that the records depend on."""
+  return {'records': config.records, **train_sae.made_with(config, workdir)}
+
+
+def _windows(config, workdir, tokenizer) -> np.ndarray:
+  """Returns the windows [example, token] to record: of the training text, no two alike, in whole batches.
 
   Were a window to come twice, an explanation could be scored on what it was made from.
-
-  Raises:
-    ValueError: they do not fill a batch.
   """
   settings, windows_et = config.records, command.windows(config, workdir, tokenizer, 'train')
   windows_et = windows_et[np.sort(np.unique(windows_et, axis=0, return_index=True)[1])]
@@ -87,11 +89,11 @@ def run(config, workdir):
     KeyError: there is no such site or layer.
   """
   folder, settings = workdir / 'records', config.records
-  made_with = {name: config[name] for name in ('records', 'sae', 'model', 'text', 'seed')}
-  if command.claim(folder, made_with):
+  if command.claim(folder, made_with(config, workdir)):
     return
   subject = command.subject(config, workdir)
-  windows_et = windows(config, workdir, subject.tokenizer)
+  windows_et = _windows(config, workdir, subject.tokenizer)
+  np.save(folder / 'windows.npy', windows_et)  # the same in every run, so that a torn one is mended by the next
   kinds = {
     'latents': (config.sae.site, train_sae.load(config, workdir)),
     'neurons': (f'h.{settings.neurons_layer}.mlp.post_act', None),

@@ -50,9 +50,9 @@ def _check(settings):
   sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
 
 
-def made_with(config) -> dict:
+def made_with(config, workdir) -> dict:
   """Returns all that the SAE depends on."""
-  return {name: config[name] for name in ('sae', 'capture', 'model', 'text', 'seed')}
+  return {'sae': config.sae, 'seed': config.seed, **capture.made_with(config, workdir)}
 
 
 def load(config, workdir) -> sae.SparseAutoencoder:
@@ -62,7 +62,7 @@ def load(config, workdir) -> sae.SparseAutoencoder:
     FileNotFoundError: it is not finished.
     ValueError: it was made with another config.
   """
-  command.require(workdir / 'sae', made_with(config), 'train.sae')
+  command.require(workdir / 'sae', made_with(config, workdir), 'train.sae')
   return sae.load_sae(workdir / 'sae' / 'final')
 
 
@@ -76,7 +76,7 @@ def run(config, workdir):
   """
   settings, folder = config.sae, workdir / 'sae'
   _check(settings)
-  if command.claim(folder, made_with(config)):
+  if command.claim(folder, made_with(config, workdir)):
     return
   read, n_examples, n_tokens = _reader(config, workdir)
 

@@ -81,7 +81,9 @@ def test_stopped_and_resumed_equals_uninterrupted(subject, tmp_path, monkeypatch
     stop_after(monkeypatch, n_checks)
     with pytest.raises(command.Stopped, match='run the same command to go on'):
       capture.run(config, tmp_path / 'stopped')
-  assert 0 < len(capture.open_store(config, tmp_path / 'stopped').missing()) < 8
+  assert 0 < len(store.ActivationStore.open(tmp_path / 'stopped' / 'activations').missing()) < 8
+  with pytest.raises(FileNotFoundError, match=r'is not finished; run train\.capture first'):
+    capture.open_store(config, tmp_path / 'stopped')
   monkeypatch.undo()
   capture.run(config, tmp_path / 'stopped')
   assert same_files(tmp_path / 'whole' / 'activations', tmp_path / 'stopped' / 'activations')
@@ -104,6 +106,8 @@ def test_a_finished_capture_is_not_done_again_and_a_damaged_shard_is(subject, tm
     assert [file.stat().st_mtime_ns for file in files] == times
     files[2].write_bytes(files[2].read_bytes()[:100])
     files[5].unlink()
+    with pytest.raises(ValueError, match=r'2 of 8 shards in .* are missing or damaged, 2 for one; run train\.capture'):
+      capture.open_store(config, tmp_path / 'damaged')
     capture.run(config, tmp_path / 'damaged')
   assert [file.stat().st_mtime_ns == time for file, time in zip(files, times, strict=True)] == [
     shard not in (2, 5) for shard in range(8)
@@ -127,6 +131,15 @@ def test_bad_settings_are_told(subject, tmp_path, changed, error, message):
   assert not (tmp_path / 'activations' / 'manifest.json').exists()
 
 
+def test_a_batch_that_the_mesh_does_not_divide_is_told_before_anything_is_claimed(subject, tmp_path):
+  with (
+    jax.set_mesh(sharding.make_mesh(3, 1)),
+    pytest.raises(ValueError, match=r'capture\.batch_size 4 is not divisible by the data axis 3'),
+  ):
+    capture.run(make_config(subject, batch_size=4), tmp_path)
+  assert not (tmp_path / 'activations').exists()
+
+
 def test_activations_that_are_not_finite_stop_it(subject, tmp_path, monkeypatch):
   config = make_config(subject)
 
@@ -141,7 +154,7 @@ def test_activations_that_are_not_finite_stop_it(subject, tmp_path, monkeypatch)
   with jax.set_mesh(sharding.make_mesh()):
     with pytest.raises(ValueError, match=r'h.1.resid.post_mlp has 4 activations in shard 2 that are not finite'):
       capture.run(config, tmp_path)
-    assert capture.open_store(config, tmp_path).missing() == [2, 3, 4, 5, 6, 7]
+    assert store.ActivationStore.open(tmp_path / 'activations').missing() == [2, 3, 4, 5, 6, 7]
 
 
 def test_activations_of_another_model_are_refused(subject, tmp_path):
@@ -155,7 +168,7 @@ def test_activations_of_another_model_are_refused(subject, tmp_path):
     config.model.source = str(tmp_path / 'other')
     with pytest.raises(ValueError, match='are of another model'):
       capture.run(config, tmp_path / 'b')
-    with pytest.raises(ValueError, match='are of another model'):
+    with pytest.raises(ValueError, match='was made with another config: fingerprint is'):
       capture.open_store(config, tmp_path / 'a')
 
 

@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
   with jax.set_mesh(sharding.make_mesh()):
     pretrained.save_model(folder / 'model', jax.jit(lambda: gpt2.GPT2(config, nnx.Rngs(0)))())
     identity = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
-    command.claim(folder / 'sae', train_sae.made_with(make_config(folder)))
+    command.claim(folder / 'sae', train_sae.made_with(make_config(folder), folder))
     sae_lib.save(folder / 'sae' / 'final', sae_lib.SparseAutoencoder(identity, identity, jnp.zeros(D), jnp.zeros(L), L))
     command.finish(folder / 'sae')
   return folder

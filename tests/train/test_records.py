@@ -39,7 +39,7 @@ def workdir(mesh, config, tmp_path):
   """A workdir where the SAE is trained already."""
   sample_bd = np.random.default_rng(1).normal(size=(64, 192)).astype(np.float32)
   found = sae.init_sae(jax.random.key(0), sample_bd, N_LATENTS, k=8, normalization='layer_norm_std')
-  command.claim(tmp_path / 'sae', train_sae.made_with(config))
+  command.claim(tmp_path / 'sae', train_sae.made_with(config, tmp_path))
   sae.save(tmp_path / 'sae' / 'final', found)
   command.finish(tmp_path / 'sae')
   return tmp_path

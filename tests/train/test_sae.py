@@ -74,7 +74,7 @@ def one_device():
 
 @pytest.fixture
 def activations(tmp_path):
-  """A store of activations that are sums of a few of 40 directions."""
+  """A store of activations that are sums of a few of 40 directions, captured by this folder and two below it."""
   rng = np.random.default_rng(0)
   saved = store.ActivationStore.create(
     tmp_path / 'store',
@@ -92,6 +92,9 @@ def activations(tmp_path):
     sources = (rng.random((8, N_TOKENS, 40)) < 0.1) * rng.exponential(size=(8, N_TOKENS, 40))
     acts = (sources @ directions + 0.1 * rng.normal(size=(8, N_TOKENS, D))).astype(np.float32)
     saved.write(shard, np.zeros((8, N_TOKENS), np.int32), {SITE: acts})
+  for workdir in (tmp_path, tmp_path / 'whole', tmp_path / 'stopped'):
+    command.claim(workdir / 'activations', capture.made_with(config_of(tmp_path), workdir))
+    command.finish(workdir / 'activations')
   return tmp_path
 
 
@@ -171,11 +174,11 @@ def test_the_live_model_gives_what_its_store_gives(one_device, tmp_path):
   texts = [' '.join(rng.choice(words, 60)) for _ in range(30)]
   (tmp_path / 'corpus.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
   config = config_of(tmp_path)
-  capture.run(config, tmp_path)
-  for source in ('store', 'live'):
+  capture.run(config, tmp_path / 'captured')
+  for source, name in (('store', 'captured'), ('live', 'live')):
     config.sae.source = source
-    train_sae.run(config, tmp_path / source)
-  for stored, live in zip(numbers(tmp_path / 'store'), numbers(tmp_path / 'live'), strict=True):
+    train_sae.run(config, tmp_path / name)
+  for stored, live in zip(numbers(tmp_path / 'captured'), numbers(tmp_path / 'live'), strict=True):
     assert stored == pytest.approx(live, rel=1e-4)  # batches of another composition round otherwise
 
 
