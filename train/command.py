@@ -146,8 +146,8 @@ def _plain(settings):
 def _first_difference(ours: Mapping, theirs: Mapping, prefix: str = '') -> str | None:
   for key in sorted({*ours, *theirs}):
     a, b = ours.get(key), theirs.get(key)
-    if isinstance(a, dict) and isinstance(b, dict):
-      if found := _first_difference(a, b, f'{prefix}{key}.'):
+    if isinstance(a, dict) or isinstance(b, dict):
+      if found := _first_difference(a or {}, b or {}, f'{prefix}{key}.'):
         return found
     elif a != b:
       return f'{prefix}{key} is {b!r} there and {a!r} now'
