@@ -22,11 +22,13 @@ from models import gpt2, pretrained, sharding, sites
 from train import command
 
 BIGRAM_ADDED = 1.0  # pseudo-counts spread over the vocabulary by the unigram distribution
-EVAL_BATCH = 32
-EVAL_EXAMPLES = 8 * EVAL_BATCH  # for the held-out loss during training
+EVAL_BATCH = 32  # windows a shard of the data axis
+EVAL_EXAMPLES = 256  # for the held-out loss during training
 
 
 class TrainState(NamedTuple):
+  """What a checkpoint holds: the model, AdamW's moments and schedule, and how many steps were taken."""
+
   model: gpt2.GPT2
   opt: optax.OptState
   step: jax.Array
@@ -97,10 +99,25 @@ def bigram_loss(train_et: np.ndarray, held_out_et: np.ndarray, n_vocab: int) -> 
   return float(-np.log(probs).mean())
 
 
-def mean_loss(model: gpt2.GPT2, tokens_et: np.ndarray) -> float:
-  """Returns the mean cross-entropy in nats a predicted token over windows, a multiple of EVAL_BATCH of them."""
-  batches = np.asarray(tokens_et).reshape(-1, EVAL_BATCH, tokens_et.shape[1])
-  return float(np.mean([_losses(model, sharding.place(tokens_bt, 'batch token')).mean() for tokens_bt in batches]))
+def window_losses(model: gpt2.GPT2, tokens_et: np.ndarray) -> np.ndarray:
+  """Returns `next_token_losses` of any number of windows [example, token], as [example, token - 1] on the host."""
+  size = EVAL_BATCH * jax.sharding.get_mesh().shape['data']
+  losses = []
+  for start in range(0, len(tokens_et), size):
+    tokens_bt = np.asarray(tokens_et[start : start + size])
+    full_bt = np.resize(tokens_bt, (size, tokens_bt.shape[1]))  # repeats its rows, so that every batch has one shape
+    losses.append(_losses(model, sharding.place(full_bt, 'batch token'))[: len(tokens_bt)])
+  return np.concatenate(losses)
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+  """Returns how many bytes of text each token stands for, int [vocab]; the end of a text stands for none.
+
+  A byte-level BPE spells every byte as one character (Radford et al. 2019), whether or not the bytes are valid UTF-8.
+  """
+  bytes_v = np.array([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+  bytes_v[tokenizer.eos_token_id] = 0
+  return bytes_v
 
 
 def evaluate(model: gpt2.GPT2, tokenizer, train_et: np.ndarray, held_out_et: np.ndarray) -> dict[str, float]:
@@ -109,16 +126,12 @@ def evaluate(model: gpt2.GPT2, tokenizer, train_et: np.ndarray, held_out_et: np.
   `repeated_first` and `repeated_second` are the losses in nats a token on half a window and on the same half straight
   after it; their difference is what the model gains from having read the text once (induction; Olsson et al. 2022).
   """
-  evaluated_et = np.asarray(held_out_et[: len(held_out_et) // EVAL_BATCH * EVAL_BATCH])
-  half_et = evaluated_et[:, : evaluated_et.shape[1] // 2]
-  twice = [
-    _losses(model, sharding.place(np.tile(half_bt, 2), 'batch token'))
-    for half_bt in half_et.reshape(-1, EVAL_BATCH, half_et.shape[1])
-  ]
-  twice_et = np.concatenate(twice)
-  n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(evaluated_et[:, 1:]))
-  bits_per_byte = evaluated_et[:, 1:].size / n_bytes / np.log(2)  # a nat a token in bits a byte
-  loss, bigram = mean_loss(model, evaluated_et), bigram_loss(train_et, evaluated_et, model.config.n_vocab)
+  half_et = held_out_et[:, : held_out_et.shape[1] // 2]
+  twice_et = window_losses(model, np.tile(half_et, 2))
+  n_bytes = token_bytes(tokenizer)[held_out_et[:, 1:]].sum()
+  bits_per_byte = held_out_et[:, 1:].size / n_bytes / np.log(2)  # a nat a token in bits a byte
+  loss = float(window_losses(model, held_out_et).mean())
+  bigram = bigram_loss(train_et, held_out_et, model.config.n_vocab)
   return {
     'held_out_loss': loss,
     'held_out_bits_per_byte': loss * bits_per_byte,
@@ -130,23 +143,34 @@ def evaluate(model: gpt2.GPT2, tokenizer, train_et: np.ndarray, held_out_et: np.
 
 
 def run(config, workdir):
-  """Trains the model, or resumes; says so and returns when it is there, or when the config takes another model."""
+  """Trains the model, or resumes; says so and returns when it is there, or when the config takes another model.
+
+  Raises:
+    ValueError: the config has no `lm`, the model there was made with another config, sizes do not fit, or the text is
+      too short.
+    FileNotFoundError: there is no text.
+  """
   if config.model.source != command.TRAINED:
     print(f'the subject model is {config.model.source!r}: nothing to train')
     return
+  if 'lm' not in config:
+    raise ValueError(
+      f'config.lm is missing: it says how the model of model.source {command.TRAINED!r} is trained; copy it from '
+      'configs/tiny.py, or choose another model.source'
+    )
   folder = workdir / 'lm'
   if command.claim(folder, {'lm': config.lm, 'text': config.text.source, 'seed': config.seed}):
     return
   lm = config.lm
   model_config = gpt2.GPT2Config(lm.n_layer, lm.n_head, lm.d_model, lm.n_ctx, lm.n_vocab)
   if not (folder / 'model' / 'tokenizer.json').exists():
-    (folder / 'model').mkdir(exist_ok=True)
-    train_tokenizer(text.documents(config.text.source)['train'], lm.n_vocab).save(str(folder / 'model/tokenizer.json'))
+    bpe = train_tokenizer(text.documents(config.text.source)['train'], lm.n_vocab)
+    store.write_lines(folder / 'model' / 'tokenizer.json', [bpe.to_str(pretty=True)])
   tokenizer = pretrained.load_tokenizer(str(folder / 'model'))
   train_et, held_out_et = (command.windows(config, workdir, tokenizer, split, lm.n_ctx) for split in text.SPLITS)
-  if len(train_et) < lm.batch_size:
+  if len(train_et) <= lm.batch_size:
     raise ValueError(
-      f'the text has {len(train_et)} windows, fewer than lm.batch_size {lm.batch_size}; shrink the batch'
+      f'the text has {len(train_et)} windows, not more than lm.batch_size {lm.batch_size}; shrink the batch'
     )
   sharding.check_divides('lm.batch_size', lm.batch_size, 'data')
   tx = optimizer(lm.learning_rate, lm.warmup_steps, lm.steps, lm.weight_decay)
@@ -168,14 +192,16 @@ def run(config, workdir):
     done = steps[-1] + 1
     numbers = {'step': done, 'loss': float(losses.mean())}  # waits for the steps
     numbers['tokens_per_s'] = (done - first_step) * lm.batch_size * lm.n_ctx / (time.time() - started)
-    save = command.stopping() or done // lm.checkpoint_every > step // lm.checkpoint_every
+    stopping = command.stopping()  # asked once: what is said to be saved must be
+    save = stopping or done // lm.checkpoint_every > step // lm.checkpoint_every
     if save:
-      numbers['held_out_loss'] = mean_loss(state.model, held_out_et[:EVAL_EXAMPLES])
+      numbers['held_out_loss'] = float(window_losses(state.model, held_out_et[:EVAL_EXAMPLES]).mean())
+    metrics.write(numbers)  # before the checkpoint: a resumed run drops the lines behind its step, and lacks none
+    if save:
       store.save_checkpoint(folder / 'checkpoints', done, state)
-    metrics.write(numbers)
     bar.update(len(steps))
     bar.set_postfix(loss=f'{numbers["loss"]:.3f}', tokens_per_s=f'{numbers["tokens_per_s"]:.0f}')
-    if command.stopping() and done < lm.steps:
+    if stopping and done < lm.steps:
       raise command.Stopped(f'step {done} of {lm.steps} is saved in {folder}; run the same command to go on')
   bar.close()
   pretrained.save_model(folder / 'model', state.model, jnp.bfloat16)
