@@ -5,8 +5,10 @@ safetensors tensor by tensor onto its shards. Files have the layout of `transfor
 writes.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
 
@@ -18,7 +20,7 @@ import safetensors
 import safetensors.flax
 import tokenizers
 from flax import nnx
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from models import gpt2
 
@@ -37,6 +39,13 @@ _THEIR_NAMES = {  # ours -> theirs, where they differ
   '.embedding': '.weight',
   '.gain': '.weight',
 }
+_FIXED = {  # what our GPT-2 computes; reorder_and_upcast_attn is absent: it changes rounding in half precision alone
+  'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),  # two names of one function
+  'layer_norm_epsilon': (gpt2.LAYER_NORM_EPS,),
+  'scale_attn_weights': (True,),
+  'scale_attn_by_inverse_layer_idx': (False,),
+  'tie_word_embeddings': (True,),
+}
 
 
 def _folder(source: str, patterns: list[str]) -> pathlib.Path:
@@ -46,7 +55,9 @@ def _folder(source: str, patterns: list[str]) -> pathlib.Path:
     return pathlib.Path(source)
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
-  except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+  except (HfHubHTTPError, HFValidationError, OSError) as e:
+    if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+      raise
     raise FileNotFoundError(
       f'no model at {source!r}: it is no folder, and the hub did not give it ({type(e).__name__}); give a folder with '
       'config.json and *.safetensors, or a hub id while online'
@@ -60,6 +71,11 @@ def _read_config(folder: pathlib.Path) -> gpt2.GPT2Config:
   config = json.loads(path.read_text('utf-8'))
   if config.get('model_type') != 'gpt2':
     raise ValueError(f'{path} is of model_type {config.get("model_type")!r}; supported: gpt2')
+  for field, known in _FIXED.items():
+    if config.get(field, known[0]) not in known:
+      raise ValueError(f'{path}: {field} is {config[field]!r}; our GPT-2 computes with {known[0]!r} only')
+  if config.get('n_inner') not in (None, 4 * config['n_embd']):
+    raise ValueError(f'{path}: n_inner is {config["n_inner"]}; our GPT-2 has 4 * n_embd neurons')
   return gpt2.GPT2Config(
     n_layer=config['n_layer'],
     n_head=config['n_head'],
@@ -94,6 +110,17 @@ def _parameters(config: gpt2.GPT2Config):
   return names, leaves, structure
 
 
+def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns a parameter's shape in the files.
+
+  Their matrices are Conv1D's, [in, out]; our attention keeps q, k, v and the heads as axes of their own.
+  """
+  if len(shape) == 1 or name.endswith('.bias'):
+    return (math.prod(shape),)
+  n_in = 2 if name.endswith('attn.c_proj.weight') else 1
+  return math.prod(shape[:n_in]), math.prod(shape[n_in:])
+
+
 def load_model(source: str) -> gpt2.GPT2:
   """Returns the model in float32 on the ambient mesh, one tensor on the host at a time.
 
@@ -103,7 +130,8 @@ def load_model(source: str) -> gpt2.GPT2:
 
   Raises:
     FileNotFoundError: nothing is there.
-    ValueError: another family of models, or a file that is truncated or lacks a tensor or has one of another shape.
+    ValueError: another family of models, a GPT-2 with settings that ours does not have, or a file that is truncated or
+      lacks a tensor or has one of another shape.
   """
   folder = _folder(source, MODEL_FILES)
   names, leaves, structure = _parameters(_read_config(folder))
@@ -115,8 +143,9 @@ def load_model(source: str) -> gpt2.GPT2:
         for name, leaf in zip(names, leaves, strict=True):
           if name in stored:
             tensor = file.get_tensor(stored[name])
-            if tensor.size != leaf.size:
-              raise ValueError(f'{path}: {name} has shape {tensor.shape}, config.json asks for {leaf.shape}')
+            expected = _stored_shape(name, leaf.shape)
+            if tensor.shape != expected:
+              raise ValueError(f'{path}: {name} has shape {tensor.shape}, config.json asks for {expected}')
             arrays[name] = jax.device_put(np.asarray(tensor, np.float32).reshape(leaf.shape), leaf.sharding)
     except safetensors.SafetensorError as e:
       raise ValueError(f'{path} is damaged ({e}); fetch it again') from e
@@ -131,6 +160,9 @@ def save_model(folder: str | pathlib.Path, model: gpt2.GPT2, dtype=jnp.float32):
   Args:
     folder: made where it is not there.
     dtype: of the stored weights, for example jnp.bfloat16.
+
+  Raises:
+    OSError: they cannot be written, for example because the disk is full.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -146,11 +178,9 @@ def save_model(folder: str | pathlib.Path, model: gpt2.GPT2, dtype=jnp.float32):
   }
   tensors = {}
   for name, leaf in zip(_parameters(config)[0], jax.tree.leaves(model), strict=True):
-    # Their Conv1D matrices are [in, out]; our attention keeps q, k, v and the heads as axes of their own.
-    n_in = {'attn.c_attn.weight': 1, 'attn.c_proj.weight': 2}.get('.'.join(name.split('.')[-3:]), 1)
-    shape = (np.prod(leaf.shape[:n_in]), -1) if leaf.ndim > 1 and name.endswith('weight') else (-1,)
-    tensors[name] = jnp.asarray(leaf, dtype).reshape(shape)
-  safetensors.flax.save_file(tensors, folder / 'model.safetensors.partial', {'format': 'pt'})
+    tensors[name] = jnp.asarray(leaf, dtype).reshape(_stored_shape(name, leaf.shape))
+  # Not save_file: on a full disk it raises an error of its own, which is no OSError.
+  (folder / 'model.safetensors.partial').write_bytes(safetensors.flax.save(tensors, {'format': 'pt'}))
   os.replace(folder / 'model.safetensors.partial', folder / 'model.safetensors')
   (folder / 'config.json.partial').write_text(json.dumps(fields, indent=2), 'utf-8')
   os.replace(folder / 'config.json.partial', folder / 'config.json')
@@ -161,15 +191,19 @@ def load_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
 
   Raises:
     FileNotFoundError: there is none.
+    ValueError: it has no <|endoftext|>.
   """
   folder = _folder(source, TOKENIZER_FILES)
   if (folder / 'tokenizer.json').is_file():
-    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), eos_token=END_OF_TEXT)
-  if (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
+    bpe = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  elif (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
     # transformers 5's GPT2TokenizerFast(vocab_file=...) silently builds an empty tokenizer, so the BPE is built here.
-    bpe = tokenizers.ByteLevelBPETokenizer(str(folder / 'vocab.json'), str(folder / 'merges.txt'))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT)
-  raise FileNotFoundError(f'{folder} has neither tokenizer.json nor vocab.json with merges.txt')
+    bpe = tokenizers.ByteLevelBPETokenizer(str(folder / 'vocab.json'), str(folder / 'merges.txt'))._tokenizer
+  else:
+    raise FileNotFoundError(f'{folder} has neither tokenizer.json nor vocab.json with merges.txt')
+  if bpe.token_to_id(END_OF_TEXT) is None:  # transformers would add it behind the last token that the model knows
+    raise ValueError(f'the tokenizer in {folder} has no {END_OF_TEXT!r}; give the tokenizer that the GPT-2 came with')
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT)
 
 
 def fingerprint(source: str) -> str:

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 import pathlib
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -46,6 +48,30 @@ def test_a_model_that_is_nowhere_raises(mesh, monkeypatch):
     pretrained.load_model('no/such')
 
 
+def test_a_disk_that_is_full_is_named_as_such(mesh, monkeypatch, tmp_path):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', full)
+  with pytest.raises(OSError, match='No space left on device'):
+    pretrained.load_model('openai-community/gpt2')
+  if not pathlib.Path('/dev/full').is_char_device():
+    pytest.skip('no /dev/full, the device on which nothing can be written')
+  (tmp_path / 'model.safetensors.partial').symlink_to('/dev/full')
+  with pytest.raises(OSError, match='No space left on device'):
+    pretrained.save_model(tmp_path, pretrained.load_model(str(GOLDEN)))
+
+
+def test_a_transposed_matrix_raises(mesh, tmp_path):
+  folder = _copy(tmp_path)
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  name = 'transformer.h.1.mlp.c_fc.weight'
+  tensors[name] = np.ascontiguousarray(tensors[name].T)
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  with pytest.raises(ValueError, match=r'h\.1\.mlp\.c_fc\.weight has shape \(128, 32\), .* asks for \(32, 128\)'):
+    pretrained.load_model(str(folder))
+
+
 def test_a_truncated_file_raises(mesh, tmp_path):
   folder = _copy(tmp_path)
   weights = folder / 'model.safetensors'
@@ -60,6 +86,12 @@ def test_a_truncated_file_raises(mesh, tmp_path):
     ({'model_type': 'llama'}, "model_type 'llama'; supported: gpt2"),
     ({'n_layer': 4}, r'lacks 12 tensors, h\.3\.'),
     ({'vocab_size': 100}, r'wte\.weight has shape \(101, 32\), config.json asks for \(100, 32\)'),
+    ({'activation_function': 'relu'}, "activation_function is 'relu'; our GPT-2 computes with 'gelu_new' only"),
+    ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon is 1e-06'),
+    ({'scale_attn_weights': False}, 'scale_attn_weights is False'),
+    ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx is True'),
+    ({'tie_word_embeddings': False}, 'tie_word_embeddings is False'),
+    ({'n_inner': 64}, r'n_inner is 64; our GPT-2 has 4 \* n_embd neurons'),
   ],
 )
 def test_a_config_that_does_not_fit_raises(mesh, tmp_path, change, message):
@@ -98,6 +130,13 @@ def test_vocab_and_merges_make_the_tokenizer_of_gpt2(tmp_path):
   assert len(tokenizer) == 50257
   assert tokenizer('Hello world')['input_ids'] == [15496, 995]
   assert tokenizer.eos_token_id == 50256
+
+
+def test_a_tokenizer_without_an_end_of_text_raises(tmp_path):
+  content = (pretrained.EMBEDDED_FOLDER / 'tokenizer.json').read_text('utf-8')
+  (tmp_path / 'tokenizer.json').write_text(content.replace(pretrained.END_OF_TEXT, '<s>'), 'utf-8')
+  with pytest.raises(ValueError, match=r"has no '<\|endoftext\|>'"):
+    pretrained.load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_raises(tmp_path):
