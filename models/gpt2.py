@@ -20,6 +20,8 @@ INIT_STD = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
+  """The sizes of a GPT-2: the MLP has 4 * d_model neurons, a head d_model / n_head channels."""
+
   n_layer: int
   n_head: int
   d_model: int
@@ -31,7 +33,7 @@ class GPT2Config:
     return 4 * self.d_model
 
 
-SIZES = {
+SIZES = {  # of the released checkpoints, by the last part of their hub ids
   'gpt2': GPT2Config(n_layer=12, n_head=12, d_model=768),
   'gpt2-medium': GPT2Config(n_layer=24, n_head=16, d_model=1024),
   'gpt2-large': GPT2Config(n_layer=36, n_head=20, d_model=1280),
@@ -53,6 +55,8 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
+  """A table [n, d_model] of a row for each token or each position."""
+
   def __init__(self, rngs, n, d_model):
     self.embedding = _normal(rngs, (n, d_model), INIT_STD)
 
@@ -73,6 +77,11 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
+  """Causal attention.
+
+  Sites: q, k, v, v_out [batch, token, head, channel] and qk_logits, qk_probs [batch, head, token, source].
+  """
+
   def __init__(self, config, rngs):
     n_head, d_head = config.n_head, config.d_model // config.n_head
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
@@ -96,6 +105,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+  """Two linear maps around a GELU (its tanh approximation); sites pre_act, post_act [batch, token, neuron]."""
+
   def __init__(self, config, rngs):
     residual_std = INIT_STD / (2 * config.n_layer) ** 0.5
     self.c_fc = Linear(rngs, (config.d_model, config.n_neurons), n_in=1, out_sharding=(None, 'model'))
@@ -111,6 +122,8 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
+  """One layer; sites resid.delta_attn, .post_attn, .delta_mlp, .post_mlp [batch, token, d_model], and its parts'."""
+
   def __init__(self, config, rngs):
     self.attn_ln, self.attn = LayerNorm(config.d_model), Attention(config, rngs)
     self.mlp_ln, self.mlp = LayerNorm(config.d_model), MLP(config, rngs)
@@ -160,6 +173,7 @@ class GPT2(nnx.Module):
   def promoted_logits(self, write_nd: jax.Array) -> jax.Array:
     """Returns logits_nv: what each write vector adds to every token's logit, up to the final norm's scale.
 
-    This is the logit lens on a direction: the final norm's gain is applied, its scale is not.
+    This is the logit lens on a direction: the final norm's centring and gain are applied, its scale is not.
     """
-    return jnp.einsum('nd,vd->nv', write_nd * self.ln_f.gain[...], self.wte.embedding[...])
+    centred_nd = write_nd - write_nd.mean(1, keepdims=True)
+    return jnp.einsum('nd,vd->nv', centred_nd * self.ln_f.gain[...], self.wte.embedding[...])

@@ -1,6 +1,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -76,6 +77,32 @@ def test_an_early_capture_drops_the_later_layers(mesh):
     return compiled.lower(model, tokens_bt).compile().cost_analysis()['flops']
 
   assert flops('h.1.resid.post_mlp') < 0.4 * flops('h.7.resid.post_mlp')
+
+
+@pytest.mark.parametrize(
+  ('name', 'n_parameters'),
+  [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168), ('gpt2-large', 774_030_080), ('gpt2-xl', 1_557_611_200)],
+)
+def test_every_size_has_as_many_parameters_as_the_released_checkpoint(name, n_parameters):
+  with jax.set_mesh(sharding.make_mesh()):
+    model = jax.eval_shape(lambda: gpt2.GPT2(gpt2.SIZES[name], nnx.Rngs(0)))  # allocates nothing
+  assert sum(leaf.size for leaf in jax.tree.leaves(model)) == n_parameters
+
+
+def test_promoted_logits_are_what_a_write_adds_to_the_logits_at_a_frozen_norm(mesh):
+  model = pretrained.load_model(str(GOLDEN))
+  rng = np.random.default_rng(0)
+  tokens_bt = sharding.place(rng.integers(101, size=(2, 5)).astype(np.int32), 'batch token')
+  write_nd = rng.normal(1, 1, size=(3, 32)).astype(np.float32)  # of a mean that the norm takes away
+
+  def run(write_d):
+    edits = [sites.steer('h.2.resid.post_mlp', write_d), sites.stop('ln_f.scale')]
+    return sites.forward(model, tokens_bt, edits, capture=('ln_f.scale',))
+
+  for write_d, promoted_v in zip(write_nd, model.promoted_logits(write_nd), strict=True):
+    (_, acts), (added_btv, _) = jax.jvp(run, (jnp.zeros(32),), (write_d,))
+    expected_btv = np.broadcast_to(promoted_v, added_btv.shape)
+    np.testing.assert_allclose(added_btv * acts['ln_f.scale'], expected_btv, atol=1e-4)  # float32 sums of 32 terms
 
 
 @pytest.mark.parametrize(
