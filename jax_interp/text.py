@@ -8,6 +8,7 @@ depends on its content alone, so the split is the same everywhere.
 import ast
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import pathlib
@@ -69,15 +70,21 @@ def _txt_documents(path: pathlib.Path) -> Iterator[str]:
 
 
 def _jsonl_documents(path: pathlib.Path) -> Iterator[str]:
-  for number, line in enumerate(_read(path).splitlines(), 1):
+  for number, line in enumerate(io.StringIO(_read(path)), 1):  # not splitlines, which cuts at U+2028 and U+0085 too
     try:
-      yield json.loads(line)['text']
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-      raise ValueError(f'{path}, line {number}: expected a JSON object with a field "text"') from e
+      document = json.loads(line)['text']
+    except (json.JSONDecodeError, KeyError, TypeError):
+      document = None
+    if not isinstance(document, str):
+      raise ValueError(f'{path}, line {number}: expected a JSON object with a string as its field "text"')
+    yield document
 
 
 def deduplicate(documents: Iterable[str]) -> Iterator[str]:
-  """Yields the documents of which at most half of the long lines stand in documents yielded before."""
+  """Yields the documents of which at most half of the long lines stand in documents yielded before.
+
+  So up to half of a document's long lines may stand in earlier ones, also of the other split: near copies can remain.
+  """
   seen = set()
   for document in documents:
     lines = [line.strip() for line in document.splitlines()]

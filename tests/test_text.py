@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_windows_hold_the_documents_in_order_with_an_end_behind_each():
   assert len(expected) - windows_et.size < 16
 
 
+def test_a_jsonl_file_is_cut_at_line_feeds_alone(tmp_path):
+  documents = [f'{document}\u2028and\x85so on' for document in DOCUMENTS]
+  path = tmp_path / 'corpus.jsonl'
+  path.write_text('\n'.join(json.dumps({'text': document}, ensure_ascii=False) for document in documents), 'utf-8')
+  assert sorted(itertools.chain(*text.documents(str(path)).values())) == sorted(documents)
+
+
 def test_a_txt_file_is_cut_at_blank_lines(tmp_path):
   path = tmp_path / 'corpus.txt'
   path.write_text('\n\n'.join(f'paragraph {number} ' + chr(97 + number % 26) * 500 for number in range(200)))
@@ -70,7 +78,13 @@ def test_the_embedded_text_is_english_and_code_in_megabytes():
   [
     ('corpus.txt', 'caf\xe9 '.encode('latin-1') * 100, r'corpus\.txt is not UTF-8 \(byte 3\); convert it'),
     ('corpus.txt', b'', "holds no text for the split 'train'"),
-    ('corpus.jsonl', b'{"text": "good"}\n{"words": "bad"}', r'line 2: expected a JSON object with a field "text"'),
+    (
+      'corpus.jsonl',
+      b'{"text": "good"}\n{"words": "bad"}',
+      r'line 2: expected a JSON object with a string as its field "text"',
+    ),
+    ('corpus.jsonl', b'{"text": null}', r'line 1: expected a JSON object with a string as its field "text"'),
+    ('corpus.jsonl', b'["text"]', r'line 1: expected a JSON object with a string as its field "text"'),
     ('corpus.pdf', b'%PDF', r'neither \.txt nor \.jsonl'),
   ],
 )
