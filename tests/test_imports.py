@@ -2,23 +2,27 @@
 
 import ast
 import pathlib
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ('models', 'jax_interp', 'train', 'configs')
 STAGES = ('text', 'activations', 'store', 'sae', 'records', 'formats', 'llm', 'explain', 'evals', 'report')
+ARRAYS = {'jax', 'flax', 'numpy'}  # all that models/ needs of others
+ON_DISK = {'safetensors', 'transformers', 'tokenizers', 'huggingface_hub'}  # and what reads and writes weights
+READ_WEIGHTS = ('pretrained', 'sae')
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob('*.py'))]
 
 
 def _imported(path: pathlib.Path) -> set[str]:
-  """Returns the dotted names that a file imports, `from a import b` as a.b."""
+  """Returns the dotted names that a file imports, `from a import b` as a.b, `from .a import b` as .a.b."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
-      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+      names |= {f'{"." * node.level}{node.module or ""}.{alias.name}' for alias in node.names}
   return names
 
 
@@ -27,8 +31,11 @@ def test_imports_follow_the_design(path):
   package, *rest = path.relative_to(ROOT).with_suffix('').parts
   imported = _imported(path)
   ours = {name for name in imported if name.split('.')[0] in PACKAGES}
+  assert not {name for name in imported if name.startswith('.')}  # relative imports would escape this test
   if package == 'models':
-    assert all(name.startswith('models') for name in ours)
+    assert all(name.startswith('models.') for name in ours)
+    theirs = {name.split('.')[0] for name in imported - ours} - sys.stdlib_module_names
+    assert theirs <= (ARRAYS | ON_DISK if rest[0] in READ_WEIGHTS else ARRAYS)
   elif package == 'configs':
     assert imported <= {'ml_collections'}
   elif package == 'jax_interp':
