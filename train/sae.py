@@ -124,9 +124,10 @@ def _train(settings, folder, state, tx, batches) -> train_step.TrainState:
       refresh=False,
     )
     bar.update(len(steps) * settings.batch_size)
-    if command.stopping() or done // settings.checkpoint_every > step // settings.checkpoint_every:
+    stopping = command.stopping()  # asked once: what is said to be saved is saved
+    if stopping or done // settings.checkpoint_every > step // settings.checkpoint_every:
       store.save_checkpoint(checkpoints, done, state)
-    if command.stopping() and done < n_steps:
+    if stopping and done < n_steps:
       raise command.Stopped(f'step {done} of {n_steps} is saved in {folder}; run the same command to go on')
   bar.close()
   return state

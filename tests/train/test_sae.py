@@ -131,7 +131,7 @@ def test_training_leaves_an_sae_and_its_curve_and_is_not_repeated(mesh, activati
 def test_a_stopped_run_resumes_to_bit_identical_weights(mesh, activations, monkeypatch):
   config = config_of(activations, recipe='multi_topk', clip=1.0)
   train_sae.run(config, activations / 'whole')
-  asked = iter([False] * 5 + [True] * 9)  # stops after the third dispatch, at step 6, between two checkpoints
+  asked = iter([False] * 2 + [True] * 9)  # stops after the third dispatch, at step 6, between two checkpoints
   monkeypatch.setattr(command, 'stopping', lambda: next(asked))
   with pytest.raises(command.Stopped, match='step 6 of 12 is saved'):
     train_sae.run(config, activations / 'stopped')
