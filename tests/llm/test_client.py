@@ -1,3 +1,4 @@
+import math
 import socket
 
 import pytest
@@ -62,6 +63,39 @@ def test_nothing_is_asked_twice_and_failures_are_not_kept(tmp_path):
     assert again.complete(MESSAGES, 11) == second
     assert len(server.requests) == probed + 1
   assert llm.usage.prompt_tokens == 100
+
+
+def test_an_answer_without_usage_is_an_answer(tmp_path):
+  with fake_server.running(usage=None) as server:
+    llm = client.connect(server.url, 'key', tmp_path)
+    assert llm.complete(MESSAGES, 10).status == 'ok'
+    assert llm.slot_logprobs('a\tunknown\n', [2], ['1']).status == 'ok'
+  assert llm.usage == client.Usage(requests=2)
+
+
+def test_answers_are_remembered_by_host_or_by_the_file_served(tmp_path):
+  with fake_server.running() as server, fake_server.running() as other:
+    of = lambda server, **settings: client.connect(server.url, 'key', tmp_path, **settings)
+    for llm, n_asked in (
+      (of(server), 1),
+      (of(other), 1),
+      (client.connect(server.url.replace('127.0.0.1', 'localhost'), 'key', tmp_path), 2),
+      (of(server, origin='a.gguf'), 3),
+      (of(other, origin='a.gguf'), 3),
+      (of(server, origin='b.gguf'), 4),
+    ):
+      llm.complete(MESSAGES, 10)
+      assert sum('chat' in path for path in server.paths() + other.paths()) == n_asked
+
+
+@pytest.mark.parametrize('completions', ['echo', 'llama'])
+def test_what_is_impossible_is_left_out_and_stays_so_on_disk(tmp_path, monkeypatch, completions):
+  with fake_server.running(completions=completions) as server:
+    llm = client.connect(server.url, 'key', tmp_path)
+    monkeypatch.setattr(fake_server, '_top', lambda server, text: {'3': -0.5, '0': -math.inf, '1': None})
+    answers = [llm.slot_logprobs('a\tunknown\n', [2], ['0', '1', '3']) for _ in range(2)]
+  assert answers[0] == answers[1] == client.Answer('ok', [{'3': -0.5}])
+  assert llm.usage.remembered == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,12 @@ from jax_interp.explain import simulate
 from jax_interp.llm import backends, client, local_server
 
 
+@pytest.fixture(autouse=True)
+def _nothing_in_the_environment(monkeypatch):
+  for name in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'):
+    monkeypatch.delenv(name, raising=False)
+
+
 def test_a_missing_wheel_or_file_says_how_to_get_it(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(local_server, 'SMALL_MODEL', 'no_such_package')
   monkeypatch.setattr(local_server, 'SERVER', 'json')
@@ -14,25 +20,45 @@ def test_a_missing_wheel_or_file_says_how_to_get_it(monkeypatch, capsys, tmp_pat
   monkeypatch.setattr(local_server, 'SERVER', 'no_such_package')
   with pytest.raises(FileNotFoundError, match=r'jax-interp\[local-llm\]'):
     local_server.model_file()
-  for name in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'):
-    monkeypatch.delenv(name, raising=False)
-  with backends.language_models('auto', tmp_path) as llms:
+  assert backends.choose('auto') == backends.choose('none') == backends.Choice()
+  assert 'going on without a language model: ' in capsys.readouterr().out
+  with pytest.raises(FileNotFoundError):
+    backends.choose('local')
+
+
+def test_back_ends_are_checked():
+  with pytest.raises(ValueError, match="'cloud'; choose one of auto, openai"):
+    backends.choose('cloud')
+  with pytest.raises(ValueError, match='set OPENAI_API_KEY'):
+    backends.choose('openai')
+
+
+def test_the_choice_has_a_name_before_anything_is_asked(monkeypatch, tmp_path):
+  gguf = tmp_path / 'small.gguf'
+  gguf.write_text('')
+  monkeypatch.setattr(local_server, 'SERVER', 'json')  # there, whether the wheel is or not
+  assert backends.choose('auto', gguf=str(gguf)).name == 'small.gguf'
+  monkeypatch.setenv('OPENAI_API_KEY', 'key')
+  hosted = backends.choose('auto')
+  assert hosted == backends.choose('openai', client.HOSTED_MODEL)
+  assert hosted.name == 'gpt-4.1-mini at https://api.openai.com/v1'
+  assert backends.choose('local', gguf=str(gguf)).name == 'small.gguf'
+  monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9/v1')
+  assert backends.choose('auto').name == 'the first model listed at http://127.0.0.1:9/v1'
+  assert backends.choose('auto', 'big').name == 'big at http://127.0.0.1:9/v1'
+
+
+def test_a_server_that_does_not_start_is_given_up(monkeypatch, capsys, tmp_path):
+  silent = tmp_path / 'silent.py'
+  silent.write_text('import time\ntime.sleep(60)\n')
+  monkeypatch.setattr(local_server, '__file__', str(silent))
+  monkeypatch.setattr(local_server, 'START_TIMEOUT_S', 0.1)
+  with pytest.raises(OSError, match=r'could not serve big\.gguf within 0\.1 s'), local_server.serve('big.gguf'):
+    pass
+  choice = backends.Choice('big.gguf', gguf=tmp_path / 'big.gguf', optional=True)
+  with backends.language_models(choice, tmp_path) as llms:
     assert llms == []
   assert 'going on without a language model: ' in capsys.readouterr().out
-  with pytest.raises(FileNotFoundError), backends.language_models('local', tmp_path):
-    pass
-
-
-def test_back_ends_are_checked(monkeypatch, tmp_path):
-  for name in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'):
-    monkeypatch.delenv(name, raising=False)
-  with (
-    pytest.raises(ValueError, match="'cloud'; choose one of auto, openai"),
-    backends.language_models('cloud', tmp_path),
-  ):
-    pass
-  with pytest.raises(ValueError, match='set OPENAI_API_KEY'), backends.language_models('openai', tmp_path):
-    pass
 
 
 def test_a_file_that_is_no_model_is_one_sentence(tmp_path):
