@@ -20,6 +20,8 @@ from train import command
 from train import records as train_records
 from train import sae as train_sae
 
+LLM_METHOD = 'token_activation'
+
 Job = tuple[results.Target, results.Target]  # a latent to explain, and the one for which its explanation is the null
 
 # What a method yields for a job: the target, and its unit {explanation, status, detail, own, other}, where `own` and
@@ -42,12 +44,16 @@ def _stoppable(batches: records.Batches) -> records.Batches:
 def _without_llm(explanations: Iterable[tuple[str, Callable]], jobs: Sequence[Job], windows: np.ndarray) -> Results:
   """Turns what a method yields for each job, a text and a function that simulates, into results."""
   for (target, other), (text, simulate_tokens) in zip(jobs, explanations, strict=True):
-    own, others = (
-      [{'status': 'ok', 'detail': '', 'simulated': simulate_tokens(windows[e.window]).tolist()} for e in scored]
-      for scored in (target.scored, other.scored)
-    )
+    own = _predict(simulate_tokens, target, windows)
+    others = _predict(simulate_tokens, other, windows, other.maximum / target.maximum)
     yield target, {'explanation': text, 'status': 'ok', 'detail': '', 'own': own, 'other': others}
     _check_stopping()
+
+
+def _predict(simulate_tokens: Callable, target: results.Target, windows: np.ndarray, scale: float = 1) -> list[dict]:
+  """Simulates a latent's excerpts; `scale` turns the unit of the explained latent into this one's."""
+  acts = [scale * simulate_tokens(windows[e.window]) for e in target.scored]
+  return [{'status': 'ok', 'detail': '', 'simulated': acts_t.tolist()} for acts_t in acts]
 
 
 def _ask(llm: client.LLM, job: Job, n_shown: int, temperature: float, seed: int) -> dict:
@@ -63,7 +69,7 @@ def _ask(llm: client.LLM, job: Job, n_shown: int, temperature: float, seed: int)
 
 def _simulate(llm: client.LLM, explanation: str, target: results.Target) -> list[dict]:
   """Simulates a latent's excerpts, in its own unit: level 10 is the most it does on the excerpts to explain it from."""
-  level = scores.maximum(e.activations for e in target.shown) / scores.LEVELS
+  level = target.maximum / scores.LEVELS
   found = []
   for excerpt in target.scored:
     _check_stopping()
@@ -96,38 +102,45 @@ def _with_llm(llms: Sequence[client.LLM], jobs: Sequence[Job], **settings) -> Re
 
 
 def _run_method(
-  folder: pathlib.Path, method: str, targets, about: dict, explain: Callable[[list[Job]], Results]
+  folder: pathlib.Path, method: str, component: dict, targets, by: dict, explain: Callable[[list[Job]], Results]
 ) -> dict:
   """Explains the targets that are not done yet, writes their lines, and returns the summary.
 
   Args:
     folder: workdir/explanations.
     method: names the file of lines, and the folder in units.
+    component: kind and site of the targets.
     targets: in order.
-    about: model, simulator and component of every line; a unit of another model is made anew.
+    by: the `llm` that was chosen, its `model`, and the `simulator`. A unit by another is made anew, and so is one with
+      a request that failed.
     explain: yields a result for each job.
   """
   path = lambda target: folder / 'units' / method / f'{target.index}.json'
   done = {t.index: json.loads(path(t).read_text('utf-8')) for t in targets if path(t).exists()}
-  done = {index: unit for index, unit in done.items() if unit['model'] == about['model']}
+  done = {index: unit for index, unit in done.items() if unit['by'] == by and not results.unanswered(unit)}
   jobs = [job for job in _jobs(targets) if job[0].index not in done]
   found = [results.score(list(zip(t.scored, done[t.index]['own'], strict=False))) for t in targets if t.index in done]
   with command.progress(None, len(targets), f'train.explain: {method}', 'latents', initial=len(done)) as bar:
     for target, unit in explain(jobs) if jobs else ():
-      done[target.index] = unit | {'model': about['model']}
+      done[target.index] = unit | {'by': by}
       store.write_json(path(target), done[target.index])
       found.append(results.score(list(zip(target.scored, unit['own'], strict=False))))
       correlations = [s['ev_correlation'] for s in found if s and s['ev_correlation'] is not None]
       bar.update()
       bar.set_postfix(mean_score=f'{np.mean(correlations):.3f}' if correlations else 'none yet')
   null_of = {other.index: done[target.index]['other'] for target, other in _jobs(targets) if target is not other}
+  about = {'method': method, 'model': by['model'], 'simulator': by['simulator']}
   lines = [
-    {'component': about['component'] | {'index': t.index}, 'method': method, 'simulator': about['simulator']}
-    | results.line(t, done[t.index], null_of.get(t.index, []))
+    {'component': component | {'index': t.index}} | about | results.line(t, done[t.index], null_of.get(t.index, []))
     for t in targets
   ]
   store.write_lines(folder / f'{method}.jsonl', map(json.dumps, lines))
-  return results.summarize(lines) | {'model': about['model'], 'simulator': about['simulator']}
+  return results.summarize(lines) | by | {'unanswered': sum(map(results.unanswered, done.values()))}
+
+
+def _explained_by(folder: pathlib.Path) -> str | None:
+  """Returns the name of the language model that finished explanations are by."""
+  return json.loads((folder / 'summary.json').read_text('utf-8')).get(LLM_METHOD, {}).get('llm')
 
 
 def _jobs(targets: Sequence[results.Target]) -> list[Job]:
@@ -140,21 +153,22 @@ def run(config, workdir):
   """Explains by every method, or what is missing.
 
   Raises:
-    ValueError: there are no records, or of other settings; no latent can be explained; the cost is above the budget.
-    OSError: the language model is not there, refuses the key, or its memory cannot be written.
+    ValueError: the records are of other settings; no latent can be explained; the cost is above the budget.
+    OSError: there are no records; the language model is not there, refuses the key, or its memory cannot be written.
   """
   folder, settings, site = workdir / 'explanations', config.explain, config.sae.site
-  recorded = {name: config[name] for name in ('records', 'sae', 'model', 'text', 'seed')}
-  asked = {name: config.llm[name] for name in ('backend', 'model', 'gguf', 'temperature')}
-  made_with = recorded | {'explain': settings, 'llm': asked}
-  if folder.exists() and command.claim(folder, made_with):
-    return
+  recorded = train_records.made_with(config, workdir)
   command.require(workdir / 'records', recorded, 'train.records')
+  made_with = recorded | {'explain': settings, 'llm': {name: config.llm[name] for name in ('gguf', 'temperature')}}
+  choice = backends.choose(config.llm.backend if settings.n_llm else 'none', config.llm.model, config.llm.gguf)
+  if folder.exists() and command.claim(folder, made_with):
+    if choice.name in (None, _explained_by(folder)):
+      return
+    print(f'except by {choice.name}')
   record_lines, arrays = records.read(workdir / 'records', 'latents')
   top, random = arrays['top_windows'], arrays['random_windows']
-  indices = results.sample(
-    arrays['density'], (top >= 0).all(1) & (random >= 0).all(1), settings.n_components, config.seed
-  )
+  alive = (top >= 0).all(1) & (random >= 0).all(1)
+  indices = results.sample(arrays['density'], alive, settings.n_components, config.seed)
   if not len(indices):
     raise ValueError('no latent is active in enough windows to be explained and scored; record more windows')
   targets = [results.target(i, record_lines[i], top[i], random[i]) for i in indices.tolist()]
@@ -162,16 +176,16 @@ def run(config, workdir):
   few = [results.fewer(targets[i * len(targets) // n_llm], settings.n_llm_scored) for i in range(n_llm)]
   asking = {'n_shown': settings.n_shown, 'temperature': config.llm.temperature, 'seed': config.seed}
 
-  with backends.language_models(
-    config.llm.backend, workdir / 'llm_answers', config.llm.model, config.llm.gguf, config.llm.concurrency
-  ) as llms:
-    if llms and few:
+  with backends.language_models(choice, workdir / 'llm_answers', config.llm.concurrency) as llms:
+    if llms:
       _announce(llms[0], few, asking, config.llm)
+    for outdated in ('DONE', 'summary.json', f'{LLM_METHOD}.jsonl'):
+      (folder / outdated).unlink(missing_ok=True)
     command.claim(folder, made_with)  # now that nothing speaks against these settings
     subject, sae = command.subject(config, workdir), train_sae.load(config, workdir)
     strings = records.token_strings(subject.tokenizer)
     batch_size = config.records.batch_size
-    windows = train_records.windows(config, workdir, subject.tokenizer)
+    windows = np.load(workdir / 'records' / 'windows.npy', mmap_mode='r')
 
     def token_lookups(jobs):
       components = np.array([target.index for target, _ in jobs])
@@ -187,16 +201,19 @@ def run(config, workdir):
     component = {'kind': 'latent', 'site': site}
     summary = {}
     for method, explain in (('token_lookup', token_lookups), ('neuron2graph', graphs)):
-      about = {'component': component, 'model': None, 'simulator': method}
-      summary[method] = _run_method(folder, method, targets, about, explain)
-    if llms and few:
-      about = {'component': component, 'model': llms[0].model, 'simulator': simulate.simulator(llms[0])}
-      by_llm = lambda jobs: _with_llm(llms, jobs, **asking)
-      summary['token_activation'] = _run_method(folder, 'token_activation', few, about, by_llm)
+      by = {'llm': None, 'model': None, 'simulator': method}
+      summary[method] = _run_method(folder, method, component, targets, by, explain)
+    if llms:
+      by = {'llm': choice.name, 'model': llms[0].model, 'simulator': simulate.simulator(llms[0])}
+      ask = lambda jobs: _with_llm(llms, jobs, **asking)
+      summary[LLM_METHOD] = _run_method(folder, LLM_METHOD, component, few, by, ask)
   store.write_json(folder / 'summary.json', summary)
-  command.finish(folder)
   for method, found in summary.items():
     print(f'{method}: {dict(found["status"])}, {found["scores"].get("ev_correlation")}')
+  if unanswered := sum(found['unanswered'] for found in summary.values()):
+    print(f'requests failed for {unanswered} of the {len(few)} latents; the same command asks for those again')
+  else:
+    command.finish(folder)
 
 
 def _announce(llm: client.LLM, targets: Sequence[results.Target], asking: dict, settings):

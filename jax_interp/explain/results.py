@@ -2,6 +2,8 @@
 
 A target is a component with the excerpts its explanation is made from and, disjoint from them, those it is scored on.
 Whatever did not end well (refused, failed, parse_failed, truncated) keeps its status, and is never scored as a 0.
+The null 'other_explanation' of a latent is what another latent's explanation simulates on its excerpts, in its own unit
+(`Target.maximum`), whatever the method, so that all three scores of nulls mean the same.
 """
 
 import collections
@@ -35,6 +37,11 @@ class Target:
   shown: list[Excerpt]
   scored: list[Excerpt]
   constant: float  # mean activation over the calibration split
+
+  @property
+  def maximum(self) -> float:
+    """The largest activation of the excerpts it is explained from: its unit."""
+    return scores.maximum(e.activations for e in self.shown)
 
 
 def sample(density_c: np.ndarray, alive_c: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -79,12 +86,17 @@ def _nullable(values: dict[str, float]) -> dict[str, float | None]:
   return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
 
+def unanswered(unit: dict) -> bool:
+  """Returns whether a request of the unit failed on its way, so that it is worth asking again; a bad answer is not."""
+  return 'failed' in (unit['status'], *(simulation['status'] for simulation in unit['own'] + unit['other']))
+
+
 def line(target: Target, unit: dict, null_simulations: Sequence[dict]) -> dict:
   """Returns the part of a line of explanations/<method>.jsonl that depends on the latent alone.
 
   Args:
     target: the latent.
-    unit: its result, and the `model` that gave it.
+    unit: its result.
     null_simulations: of the target's excerpts, by the explanation of another; none if that failed.
   """
   pairs = list(zip(target.scored, unit['own'], strict=bool(unit['own'])))
@@ -99,7 +111,6 @@ def line(target: Target, unit: dict, null_simulations: Sequence[dict]) -> dict:
     'explanation': unit['explanation'],
     'status': status,
     'detail': detail,
-    'model': unit['model'],
     'excerpts': collections.Counter(s['status'] for _, s in pairs),
     'scores': own and own | {'random_only': score([(e, s) for e, s in pairs if e.sort == 'random'])},
     'nulls': {

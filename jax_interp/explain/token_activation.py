@@ -125,7 +125,7 @@ def clean(text: str) -> str:
 
 
 def explain(llm: client.LLM, excerpts: Sequence[Excerpt], temperature: float = 0, seed: int = 0) -> client.Answer:
-  """Returns an answer whose content is the explanation; an empty one is 'failed', one that was cut off 'truncated'.
+  """Returns an answer whose content is the explanation; an empty one is 'parse_failed', one cut off 'truncated'.
 
   Args:
     llm: any.
@@ -136,5 +136,5 @@ def explain(llm: client.LLM, excerpts: Sequence[Excerpt], temperature: float = 0
   answer = llm.complete(messages(excerpts, llm.n_context), MAX_TOKENS, temperature, seed)
   text = clean(answer.content)
   if answer.status == 'ok' and not text:
-    return client.Answer('failed', detail=f'the explanation is empty: {answer.content!r}')
+    return client.Answer('parse_failed', detail=f'the explanation is empty: {answer.content!r}')
   return client.Answer(answer.status, text, answer.detail)

@@ -70,7 +70,7 @@ def test_explanations_are_freed_of_what_models_put_around_them(text, expected):
   ('text', 'finish_reason', 'status', 'explanation'),
   [
     ('This neuron fires on cats.', 'stop', 'ok', 'cats'),
-    ('This neuron fires on.', 'stop', 'failed', ''),
+    ('This neuron fires on.', 'stop', 'parse_failed', ''),
     ('cats and', 'length', 'truncated', 'cats and'),
     ('I cannot', 'content_filter', 'refused', 'I cannot'),
   ],

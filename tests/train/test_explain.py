@@ -2,6 +2,9 @@ import collections
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -11,7 +14,7 @@ import tokenizers
 from flax import nnx
 
 from jax_interp.explain import results
-from jax_interp.llm import client
+from jax_interp.llm import client, local_server
 from models import gpt2, pretrained, sae, sharding
 from tests.llm import fake_server
 from train import command, explain
@@ -32,6 +35,7 @@ def _config(folder):
   return ml_collections.ConfigDict(
     {
       'seed': 0,
+      'mesh': {'data': 1, 'model': 1},
       'model': {'source': str(folder / 'subject')},
       'text': {'source': str(folder / 'text.jsonl'), 'window': 12},
       'capture': {},
@@ -73,7 +77,7 @@ def recorded(tmp_path_factory):
   model_config = gpt2.GPT2Config(n_layer=1, n_head=2, d_model=16, n_ctx=32, n_vocab=bpe.get_vocab_size())
   pretrained.save_model(folder / 'subject', jax.jit(lambda: gpt2.GPT2(model_config, nnx.Rngs(0)))())
   sample_bd = rng.normal(size=(64, 16)).astype(np.float32)
-  command.claim(folder / 'sae', train_sae.made_with(_config(folder)))
+  command.claim(folder / 'sae', train_sae.made_with(_config(folder), folder))
   sae.save(folder / 'sae' / 'final', sae.init_sae(jax.random.key(0), sample_bd, N_LATENTS, 6, 'layer_norm_std'))
   command.finish(folder / 'sae')
   train_records.run(_config(folder), folder)
@@ -98,6 +102,21 @@ def server(monkeypatch):
   with fake_server.running() as server:
     monkeypatch.setenv('OPENAI_BASE_URL', server.url)
     yield server
+
+
+def _assert_same(workdir, whole):
+  for name in ('summary.json', *(f'{method}.jsonl' for method in METHODS)):
+    assert (workdir / 'explanations' / name).read_bytes() == (whole / 'explanations' / name).read_bytes()
+
+
+def _command(config, workdir) -> subprocess.Popen:
+  path = workdir / 'config_of_test.py'
+  path.write_text(
+    f'import json\nimport ml_collections\n\n'
+    f'def get_config():\n  return ml_collections.ConfigDict(json.loads({config.to_json()!r}))\n'
+  )
+  arguments = [sys.executable, '-m', 'train.explain', f'--config={path}', f'--workdir={workdir}']
+  return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _lines(workdir, method):
@@ -142,6 +161,16 @@ def test_every_method_is_scored_on_what_it_did_not_see(workdir, config, server, 
   assert len(server.requests) == asked
 
 
+def test_an_explanation_of_another_predicts_in_the_unit_of_the_latent_it_is_scored_on():
+  windows = np.array([[5, 6, 7], [8, 9, 10]])
+  excerpts = [results.Excerpt('top', w, ['a', 'b', 'c'], [0.0, unit, 0.0]) for w, unit in enumerate((2.0, 6.0))]
+  weak, strong = (results.Target(i, [e], [e], 0.0) for i, e in enumerate(excerpts))
+  explanations = [('all', lambda tokens_t: np.array(tokens_t, np.float32))] * 2
+  units = [unit for _, unit in explain._without_llm(explanations, [(weak, strong), (strong, weak)], windows)]
+  found = [unit['own'][0]['simulated'] + unit['other'][0]['simulated'] for unit in units]
+  np.testing.assert_allclose(found, [[5, 6, 7, 24, 27, 30], [8, 9, 10, 5 / 3, 2, 7 / 3]], rtol=1e-6)
+
+
 def test_without_a_language_model_the_others_are_there(workdir, config):
   config.llm.backend = 'none'
   explain.run(config, workdir)
@@ -159,10 +188,57 @@ def test_stopped_and_resumed_equals_uninterrupted(workdir, config, server, tmp_p
   assert not (workdir / 'explanations' / 'DONE').exists()
   monkeypatch.setattr(command, 'stopping', lambda: False)
   explain.run(config, workdir)
-  for name in ('summary.json', *(f'{method}.jsonl' for method in METHODS)):
-    assert (workdir / 'explanations' / name).read_bytes() == (whole / 'explanations' / name).read_bytes()
+  _assert_same(workdir, whole)
   asked = collections.Counter(json.dumps(body) for _, body in server.requests if 'fires on' in json.dumps(body))
   assert set(asked.values()) == {2}, 'once for each of the two runs, however often one was stopped'
+
+
+@pytest.mark.parametrize('part', ['chat', 'excerpts'])
+def test_what_failed_on_its_way_is_asked_again(workdir, config, server, tmp_path, monkeypatch, capsys, part):
+  whole = shutil.copytree(workdir, tmp_path / 'whole')
+  explain.run(config, whole)
+  monkeypatch.setattr(client, 'MAX_RETRIES', 0)
+  asked = itertools.count()  # the first four are those by which `client.connect` tries the server
+  failing = {'chat': lambda path: 'chat' in path, 'excerpts': lambda path: 'chat' not in path and next(asked) >= 4}
+  server.error, server.failing = (500, {'error': {'message': 'busy'}}), failing[part]
+  explain.run(config, workdir)
+  assert 'requests failed for 3 of the 3 latents; the same command asks for those again' in capsys.readouterr().out
+  summary = json.loads((workdir / 'explanations' / 'summary.json').read_text())
+  assert (summary['token_activation']['status'], summary['token_activation']['unanswered']) == ({'failed': 3}, 3)
+  assert not (workdir / 'explanations' / 'DONE').exists()
+  server.error = None
+  explain.run(config, workdir)
+  _assert_same(workdir, whole)
+  assert (workdir / 'explanations' / 'DONE').exists()
+
+
+def test_another_language_model_explains_anew_and_going_back_costs_nothing(
+  workdir, config, server, monkeypatch, capsys
+):
+  monkeypatch.delenv('OPENAI_BASE_URL')
+  monkeypatch.setattr(local_server, 'SERVER', 'no_such_package')
+  explain.run(config, workdir)
+  kept = (workdir / 'explanations' / 'units' / 'token_lookup').stat().st_mtime_ns
+  explain.run(config, workdir)
+  assert 'done already' in capsys.readouterr().out
+  monkeypatch.setenv('OPENAI_BASE_URL', server.url)
+  explain.run(config, workdir)
+  assert [line['model'] for line in _lines(workdir, 'token_activation')] == ['fake-model'] * 3
+  assert (workdir / 'explanations' / 'units' / 'token_lookup').stat().st_mtime_ns == kept
+  first, n_asked = (workdir / 'explanations' / 'token_activation.jsonl').read_bytes(), len(server.requests)
+  config.llm.model = 'another'
+  explain.run(config, workdir)
+  assert [line['model'] for line in _lines(workdir, 'token_activation')] == ['another'] * 3
+  assert len(server.requests) > n_asked
+  config.llm.model = ''
+  monkeypatch.setattr(server, 'requests', [])
+  explain.run(config, workdir)
+  assert (workdir / 'explanations' / 'token_activation.jsonl').read_bytes() == first
+  assert not any('chat' in path for path in server.paths())
+  capsys.readouterr()
+  for config.llm.backend in ('auto', 'none'):
+    explain.run(config, workdir)
+    assert 'except by' not in capsys.readouterr().out, 'without a language model, what one explained stays'
 
 
 def test_failures_are_counted_and_are_no_scores(workdir, config, server):
@@ -191,6 +267,48 @@ def test_what_cannot_go_on_is_told_before_any_work(workdir, config, monkeypatch,
   with pytest.raises(ConnectionError, match='no language model answers'):
     explain.run(config, workdir)
   assert not (workdir / 'explanations').exists(), 'other settings may be tried'
+
+
+def test_the_command_stopped_by_sigterm_and_run_again_equals_uninterrupted(
+  workdir, config, server, tmp_path, monkeypatch
+):
+  whole = shutil.copytree(workdir, tmp_path / 'whole')
+  explain.run(config, whole)
+  process, answer, asked = _command(config, workdir), fake_server._chat, itertools.count(1)
+
+  def stop_then_answer(server, messages):
+    if next(asked) == 3:  # once: asked twice, a command ends at once
+      process.send_signal(signal.SIGTERM)
+    return answer(server, messages)
+
+  monkeypatch.setattr(fake_server, '_chat', stop_then_answer)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 0
+  assert 'stopped: the finished explanations are kept' in errors
+  assert not (workdir / 'explanations' / 'DONE').exists()
+  monkeypatch.setattr(fake_server, '_chat', answer)
+  again = _command(config, workdir)
+  _, errors = again.communicate(timeout=60)
+  assert again.returncode == 0, errors
+  _assert_same(workdir, whole)
+
+
+@pytest.mark.parametrize(
+  ('key_is_refused', 'sentence'), [(False, 'no language model answers'), (True, 'refuses the key')]
+)
+def test_the_command_without_a_usable_server_says_so_and_fails(
+  workdir, config, server, monkeypatch, key_is_refused, sentence
+):
+  if key_is_refused:
+    server.error = (401, {'error': {'message': 'wrong key'}})
+  else:
+    monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9/v1')  # nobody listens at that port
+  process = _command(config, workdir)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert len([line for line in errors.splitlines() if line.startswith('error: ')]) == 1
+  assert sentence in errors
+  assert 'Traceback' not in errors
 
 
 def test_a_sample_is_spread_over_the_densities_and_alive():
