@@ -44,7 +44,11 @@ def _training(config, workdir):
 
 
 def _read_jsonl(path):
-  return [json.loads(line) for line in store.read_lines(path)] if path.is_file() else []
+  """Returns the values of the lines, without a last one that is torn: the run may still be writing, or was killed."""
+  if not path.is_file():
+    return []
+  with open(path, encoding='utf-8') as file:
+    return [json.loads(line) for line in file if line.endswith('\n')]
 
 
 def _read_json(path):
@@ -87,7 +91,7 @@ def _components(config, folder, strings, explanations):
   return described(), totals
 
 
-def _facts(config, source, sae_rows, totals):
+def _facts(config, source, sae_rows, windows_et):
   facts = {
     'Subject model': EMBEDDED_MODEL if source == 'embedded' else source,
     'Text': EMBEDDED_TEXT if config.text.source == 'embedded' else config.text.source,
@@ -96,10 +100,8 @@ def _facts(config, source, sae_rows, totals):
   }
   if sae_rows:
     facts['SAE trained on'] = f'{sae_rows[-1]["tokens"]:,} tokens'
-  if totals:
-    facts['Excerpts chosen from'] = (
-      f'{config.records.n_windows:,} windows of {config.text.window} tokens of training text'
-    )
+  if windows_et is not None:
+    facts['Excerpts chosen from'] = '{:,} windows of {} tokens of training text'.format(*windows_et.shape)
   return facts
 
 
@@ -116,28 +118,30 @@ def run(config, workdir):
   training = _training(config, workdir)
   numbers = _read_json(workdir / 'evaluation' / 'metrics.json')
   counts, edges = (numbers.pop(f'log10_density_{name}', None) for name in ('counts', 'edges'))
-  explanations = [line for name in page.METHODS for line in _read_jsonl(workdir / 'explanations' / f'{name}.jsonl')]
+  summary = _read_json(workdir / 'explanations' / 'summary.json')
+  explanations = [line for name in summary for line in _read_jsonl(workdir / 'explanations' / f'{name}.jsonl')]
   source = command.subject_source(config, workdir)
-  described, totals = (), {}
+  described, totals, windows_et = (), {}, None
   if has_records := all((workdir / 'records' / f'{plural}.npz').is_file() for plural in KINDS.values()):
+    windows_et = np.load(workdir / 'records' / 'windows.npy', mmap_mode='r')
     strings = records.token_strings(pretrained.load_tokenizer(source))
     described, totals = _components(config, workdir / 'records', strings, explanations)
   found = {
     'the training of the SAE': ('sae' in training, 'train.sae'),
     'the evaluation': (numbers, 'train.evaluate'),
     'the latents and neurons': (has_records, 'train.records'),
-    'the explanations': (explanations, 'train.explain'),
+    'the explanations': (summary, 'train.explain'),
   }
   html = page.render(
     title=f'Latents of {config.sae.site}',
-    facts=_facts(config, source, training.get('sae'), totals),
+    facts=_facts(config, source, training.get('sae'), windows_et),
     made=time.strftime('%d %B %Y, %H:%M'),
     command=shlex.join(['python', *sys.orig_argv[1:]]),
     missing=[(what, f'python -m {module}') for what, (there, module) in found.items() if not there],
     training=training,
     numbers=numbers,
     density=counts and (counts, edges),
-    explanations=explanations,
+    summary=summary,
     components=components.embed(described, MAX_BYTES),
     totals=totals,
     made_from=made_from,

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import markupsafe
 
-from jax_interp.explain import scores
 from jax_interp.report import components as components_lib
 from jax_interp.report import meanings, plots
 
@@ -21,6 +20,13 @@ METHODS = {
   'token_activation': 'Language model',
 }
 SCORES = {'ev_correlation': 'Correlation', 'rsquared': 'R²', 'absolute_dev_explained': 'Absolute deviation explained'}
+# Whose activations were simulated, and by what -> where `results.summarize` has its scores.
+PREDICTIONS = {
+  'This explanation': lambda found: found['scores'],
+  'This explanation, random excerpts only': lambda found: found['random_only'],
+  'Explanation of another': lambda found: found['nulls']['other_explanation'],
+  'A constant': lambda found: found['nulls']['constant'],
+}
 STATUSES = ('ok', 'parse_failed', 'truncated', 'refused', 'failed')
 WEAK_MODEL = 'smollm'  # the model of 135 million parameters that stands in where there is no other
 DENSITY_AXES = 'log10 of the fraction of tokens on which a latent is active', 'latents'
@@ -48,7 +54,7 @@ def render(
   training: Mapping[str, Sequence[Mapping]],
   numbers: Mapping[str, float | None],
   density: tuple[Sequence[float], Sequence[float]] | None,
-  explanations: Sequence[Mapping],
+  summary: Mapping[str, Mapping],
   components: Mapping,
   totals: Mapping[str, int],
   made_from: str = '',
@@ -64,7 +70,7 @@ def render(
     training: the logs of 'sae' and 'lm', where there are any: rows with `tokens` and fields of CURVES.
     numbers: what train.evaluate measured, by the names in `meanings.NUMBERS`; others are shown by name.
     density: counts and edges, in log10 of the fraction of tokens, of how often the latents are active.
-    explanations: all lines of explanations/*.jsonl.
+    summary: explanations/summary.json, by the methods in METHODS; others are shown by name.
     components: as `components.embed` returns them.
     totals: how many 'latent's and 'neuron's there are in all.
     made_from: a hash of what the page was made from, kept in its head.
@@ -72,9 +78,9 @@ def render(
   files = importlib.resources.files('jax_interp.report')
   text = lambda name: markupsafe.Markup(files.joinpath(name).read_text('utf-8'))
   template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-  methods = summarize(explanations)
+  methods = _methods(summary)
+  labels = {name: METHODS.get(name, name) for name in summary}
   shown = collections.Counter(component['kind'] for component in components['components'])
-  labels = {method['name']: METHODS.get(method['name'], method['name']) for method in methods}
   return template.from_string(text('template.html')).render(
     title=title,
     facts=facts,
@@ -98,43 +104,23 @@ def render(
   )
 
 
-def summarize(explanations: Sequence[Mapping]) -> list[dict]:
-  """Returns, for each method and kind of component, how explanations fared and how they and the nulls score.
-
-  A row has `n`, the components that have a score, and `cells`: (mean, low, high, n) of each of SCORES, or nothing.
-  """
-  groups = collections.defaultdict(list)
-  for line in explanations:
-    groups[line['method'], line['component']['kind']].append(line)
+def _methods(summary):
+  """Returns what the tables show of each method: a row for each prediction, a cell for each of SCORES."""
   order = {name: i for i, name in enumerate(METHODS)}
   return [
     {
-      'name': name,
-      'label': f'{METHODS.get(name, name)}, {kind}s',
-      'model': lines[0]['model'],
-      'statuses': collections.Counter(line['status'] for line in lines),
-      'excerpts': sum((collections.Counter(line.get('excerpts')) for line in lines), collections.Counter()),
-      'rows': _prediction_rows(lines),
+      'label': METHODS.get(name, name),
+      'model': found['model'],
+      'statuses': collections.Counter(found['status']),
+      'excerpts': collections.Counter(found['excerpts']),
+      'rows': [{'label': label, **_row(of(found))} for label, of in PREDICTIONS.items() if of(found)],
     }
-    for (name, kind), lines in sorted(groups.items(), key=lambda group: (order.get(group[0][0], 99), group[0]))
+    for name, found in sorted(summary.items(), key=lambda item: order.get(item[0], len(order)))
   ]
 
 
-def _prediction_rows(lines):
-  predictions = {
-    'This explanation': [line.get('scores') for line in lines],
-    'This explanation, random excerpts only': [(line.get('scores') or {}).get('random_only') for line in lines],
-    'Explanation of another': [(line.get('nulls') or {}).get('other_explanation') for line in lines],
-    'A constant': [(line.get('nulls') or {}).get('constant') for line in lines],
-  }
-  rows = []
-  for label, found in predictions.items():
-    values = [[s[name] for s in found if s and s.get(name) is not None] for name in SCORES]
-    if any(values):
-      rows.append(
-        {'label': label, 'n': max(map(len, values)), 'cells': [v and (*scores.interval(v), len(v)) for v in values]}
-      )
-  return rows
+def _row(means):
+  return {'n': max(mean['n'] for mean in means.values()), 'cells': [means.get(score) for score in SCORES]}
 
 
 def _notices(methods):
@@ -149,7 +135,7 @@ def _notices(methods):
     n, ok = sum(method['statuses'].values()), method['statuses']['ok']
     if ok < n:
       notices.append(f'{method["label"]}: {n - ok} of {n} attempts did not end well; means are of what has a score.')
-    defined = next((row['cells'][0][3] for row in method['rows'][:1] if row['cells'][0]), 0)
+    defined = next((row['cells'][0]['n'] for row in method['rows'][:1] if row['cells'][0]), 0)
     if defined < ok:
       notices.append(
         f'{method["label"]}: for {ok - defined} of {ok} the simulation is the same everywhere, so that there is no '
@@ -161,7 +147,8 @@ def _notices(methods):
 def _scores_plot(methods):
   groups = {}
   for method in methods:
-    correlations = {row['label']: row['cells'][0][:3] for row in method['rows'] if row['cells'][0]}
+    cells = {row['label']: row['cells'][0] for row in method['rows'] if row['cells'][0]}
+    correlations = {label: (cell['mean'], cell['low'], cell['high']) for label, cell in cells.items()}
     if correlations:
       groups[method['label']] = correlations
   return groups and markupsafe.Markup(plots.intervals(groups, 'Correlation of simulated with real activations'))

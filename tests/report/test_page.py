@@ -10,6 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from jax_interp.explain import results
 from jax_interp.report import components, page
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -34,7 +35,6 @@ WORDS = [
 ]
 STRINGS = [f' tok{i}' for i in range(40)] + WORDS
 N_TOKENS, N_BINS = 64, 20
-SCORES = ('ev_correlation', 'rsquared', 'absolute_dev_explained')
 
 
 def excerpt(rng, scale, dense):
@@ -47,8 +47,9 @@ def excerpt(rng, scale, dense):
 def explanation(rng, component, method, status='ok', model=None):
   line = {'component': component, 'method': method, 'explanation': None, 'status': status, 'detail': '', 'model': model}
   if status != 'ok':
-    return {**line, 'detail': 'no list of numbers in the answer', 'scores': None, 'nulls': None, 'sequences': []}
-  score = lambda mean: dict(zip(SCORES, (mean + rng.normal(0, 0.1, 3)).tolist(), strict=True))
+    unscored = {'scores': None, 'nulls': dict.fromkeys(('other_explanation', 'constant')), 'sequences': []}
+    return {**line, 'detail': 'no list of numbers in the answer', 'excerpts': {'parse_failed': 10}, **unscored}
+  score = lambda mean: dict(zip(results.SCORES, (mean + rng.normal(0, 0.1, 3)).tolist(), strict=True))
   sequences = []
   for split in ['top'] * 5 + ['random'] * 5:
     e = excerpt(rng, 3, False)
@@ -93,6 +94,13 @@ def component(rng, kind, index, n_explanations=3):
   return components.describe(kind, site, index, record, arrays, STRINGS, made), made
 
 
+def summary_of(lines):
+  """As train.explain writes it, of latents."""
+  latents = [line for line in lines if line['component']['kind'] == 'latent']
+  of = {method: [line for line in latents if line['method'] == method] for method in page.METHODS}
+  return {method: results.summarize(found) | {'model': found[0]['model']} for method, found in of.items()}
+
+
 def arguments(n=6):
   rng = np.random.default_rng(0)
   made = [component(rng, 'latent', 3 + 4 * i, 3 if i < 4 else 0) for i in range(n)]
@@ -127,7 +135,7 @@ def arguments(n=6):
       'of_no_known_name': None,
     },
     'density': (np.round(300 * np.exp(-(np.linspace(-3, 3, 30) ** 2))).tolist(), np.linspace(-5, -0.5, 31).tolist()),
-    'explanations': [line for _, lines in made for line in lines],
+    'summary': summary_of([line for _, lines in made for line in lines]),
     'components': components.embed([c for c, _ in made], 8_000_000),
     'totals': {'latent': 3072, 'neuron': 768},
   }
@@ -199,17 +207,11 @@ def test_what_does_not_fit_is_left_out_from_the_end():
 
 def test_scores_stand_beside_their_nulls_and_failures_are_counted(written):
   overview = text(written.read_text('utf-8').split('<script type="application/json"')[0])
-  methods = page.summarize(arguments()['explanations'])
-  assert [m['label'] for m in methods][:3] == [
-    'Token lookup table, latents',
-    'Token lookup table, neurons',
-    'Neuron2Graph, latents',
-  ]
-  model = next(m for m in methods if m['name'] == 'token_activation')
-  assert model['statuses'] == {'ok': 2, 'parse_failed': 2}
-  assert [row['label'] for row in model['rows']][0::2] == ['This explanation', 'Explanation of another']
-  assert not model['rows'][-1]['cells'][0]  # a constant has no correlation
-  assert model['rows'][0]['n'] == 2
+  rows = text(written.read_text('utf-8').split('<table>')[1].split('</table>')[0])
+  assert [rows.index(label) for label in page.METHODS.values()] == sorted(map(rows.index, page.METHODS.values()))
+  assert all(rows.count(label) == len(page.METHODS) for label in ('Explanation of another', 'A constant'))
+  mean = arguments()['summary']['token_lookup']['scores']['ev_correlation']
+  assert f'{mean["mean"]:.2f}\n          {mean["low"]:.2f} to {mean["high"]:.2f}' in rows
   assert 'are weak: it is a tiny model' in overview
   assert '2 of 4 attempts did not end well' in overview
 
@@ -221,7 +223,7 @@ def test_a_run_without_anything_says_what_is_missing(tmp_path):
     'training': {},
     'numbers': {},
     'density': None,
-    'explanations': [],
+    'summary': {},
     'components': components.embed([], 1000),
     'totals': {},
   }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jax_interp import records, store
+from jax_interp.explain import results
 from models import pretrained
 from train import report
 
@@ -22,7 +23,7 @@ def config():
       'text': {'source': 'embedded', 'window': N_TOKENS},
       'sae': {'site': 'h.2.resid.post_mlp', 'n_latents': 6, 'k': 2, 'batch_size': 1000},
       'lm': {'batch_size': 4, 'n_ctx': 16},
-      'records': {'neurons_layer': 2, 'n_windows': N_WINDOWS},
+      'records': {'neurons_layer': 2, 'n_windows': 10 * N_WINDOWS},  # more than there is text
       'report': {'n_components': 2},
     }
   )
@@ -44,14 +45,19 @@ def write_records(folder, kind, n):
   arrays['edges'] = np.linspace(0, max_c, records.N_BINS + 1, axis=1)
   arrays['promoted_tokens'] = arrays['suppressed_tokens'] = rng.integers(300, 400, (n, 10))
   records.write(folder, kind, lines, arrays)
+  np.save(folder / 'windows.npy', tokens_wt)
 
 
 def explanation(index, status):
   line = {'component': {'kind': 'latent', 'site': 'h.2.resid.post_mlp', 'index': index}, 'method': 'token_lookup'}
   score = {'ev_correlation': 0.5, 'rsquared': 0.25, 'absolute_dev_explained': None}
   sequence = {'split': 'top', 'window': 3, 'tokens': ['a', 'b'], 'true': [0.0, 2.0], 'simulated': [0.5, 1.0]}
-  scored = {'explanation': 'letters', 'scores': score, 'nulls': {'constant': score}, 'sequences': [sequence]}
-  return {**line, 'status': status, 'detail': '', 'model': None, **(scored if status == 'ok' else {})}
+  nulls = {'constant': score, 'other_explanation': None}
+  of_status = {
+    'ok': {'scores': score | {'random_only': None}, 'nulls': nulls, 'sequences': [sequence]},
+    'failed': {'scores': None, 'nulls': dict.fromkeys(nulls), 'sequences': []},
+  }[status]
+  return {**line, 'explanation': 'letters', 'status': status, 'detail': '', 'excerpts': {status: 1}, **of_status}
 
 
 def carried(workdir):
@@ -72,7 +78,10 @@ def test_explained_components_come_first_then_active_ones(config, tmp_path):
   write_records(tmp_path / 'records', 'neurons', 5)
   lines = [explanation(4, 'ok'), explanation(0, 'failed')]
   store.write_lines(tmp_path / 'explanations' / 'token_lookup.jsonl', map(json.dumps, lines))
-  store.write_lines(tmp_path / 'sae' / 'metrics.jsonl', ['{"step": 2, "loss": 0.5}', '{"step": 4, "loss": 0.4}'])
+  summary = {'token_lookup': results.summarize(lines) | {'model': None}}
+  store.write_json(tmp_path / 'explanations' / 'summary.json', summary)
+  (tmp_path / 'sae').mkdir()
+  (tmp_path / 'sae' / 'metrics.jsonl').write_text('{"step": 2, "loss": 0.5}\n{"step": 4, "loss": 0.4}\n{"step": 6, "lo')
   report.run(config, tmp_path)
   found = carried(tmp_path)
   latents = [index for kind, index in found if kind == 'latent']
@@ -85,7 +94,8 @@ def test_explained_components_come_first_then_active_ones(config, tmp_path):
   assert found['latent', 0]['explanations'][0]['status'] == 'failed'
   assert found['latent', 0]['top'] == []
   source = (tmp_path / 'report.html').read_text('utf-8')
-  assert '4,000 tokens' in source
+  assert '4,000 tokens' in source, 'the last line, torn, does not count'
+  assert f'{N_WINDOWS} windows of {N_TOKENS} tokens' in source
   assert 'python -m train.explain' not in source
   assert 'python -m train.evaluate' in source
 
