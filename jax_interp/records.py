@@ -3,7 +3,8 @@
 Two passes over the windows [example, token]. The first keeps the maximum of every window for every component (a float32
 host array [n_windows, n_components], the largest thing here) and the moments; windows are then chosen on the host; the
 second pass fetches only the chosen windows' activations, and the histograms. Records are JSON lines with the fields of
-OpenAI's NeuronRecord, beside them an .npz with what those fields cannot hold.
+OpenAI's NeuronRecord, beside them an .npz with what those fields cannot hold. In names, w is a window, c a component
+and x an excerpt: one of the windows that describe a component.
 """
 
 import collections.abc
@@ -42,24 +43,28 @@ def _activations(model, tokens_bt, site, sae, components):
   return acts_btc if components is None else acts_btc[..., components]
 
 
-def batches(model, windows: np.ndarray, site: str, sae=None, components=None, batch_size: int = 16) -> Iterator:
+def batches(model, windows_wt: np.ndarray, site: str, sae=None, components=None, batch_size: int = 16) -> Iterator:
   """Yields (first window's number, float32 acts_btc on the device) over all windows, in order.
 
   Args:
     model: the subject model.
-    windows: int32 tokens [example, token].
+    windows_wt: int32 tokens.
     site: where to read, for example 'h.3.mlp.post_act'.
     sae: reads its latents there; None reads the site's own channels.
     components: int array, the latents or channels wanted, in this order; None means all.
     batch_size: windows per forward pass.
 
   Raises:
-    ValueError: the windows are not a whole number of batches (a shorter last one would recompile, and may not shard).
+    ValueError: the data axis does not divide batch_size, or the windows are not a whole number of batches (a shorter
+      last one would recompile, and may not shard).
   """
-  if not len(windows) or len(windows) % batch_size:
-    raise ValueError(f'{len(windows)} windows are no whole number of batches of {batch_size}; cut them to a multiple')
-  for start in range(0, len(windows), batch_size):
-    tokens_bt = sharding.place(windows[start : start + batch_size], 'batch token')
+  sharding.check_divides('records.batch_size', batch_size, 'data')
+  if not len(windows_wt) or len(windows_wt) % batch_size:
+    raise ValueError(
+      f'{len(windows_wt)} windows are no whole number of batches of {batch_size}; cut them to a multiple'
+    )
+  for start in range(0, len(windows_wt), batch_size):
+    tokens_bt = sharding.place(windows_wt[start : start + batch_size], 'batch token')
     yield start, _activations(model, tokens_bt, site, sae, components)
 
 
@@ -389,7 +394,7 @@ def splits(top: Sequence, random: Sequence, n: int | None = 5) -> dict[str, list
   return result
 
 
-def scoring_windows(top_ce: np.ndarray, random_ce: np.ndarray, n: int | None = 5) -> np.ndarray:
-  """Returns [c, m]: the windows of calibration, valid and test of each component, on which nothing may be fitted."""
-  parts = [splits(list(top), list(random), n) for top, random in zip(top_ce, random_ce, strict=True)]
+def scoring_windows(top_cx: np.ndarray, random_cx: np.ndarray, n: int | None = 5) -> np.ndarray:
+  """Returns windows_cx: those of calibration, valid and test of each component, on which nothing may be fitted."""
+  parts = [splits(list(top), list(random), n) for top, random in zip(top_cx, random_cx, strict=True)]
   return np.array([part['calibration'] + part['valid'] + part['test'] for part in parts], np.int32)

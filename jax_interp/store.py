@@ -19,10 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from jax_interp import activations
+
 TOKENS = 'tokens'
 DTYPES = ('bfloat16', 'float32')
+KEPT_CHECKPOINTS = 2
 _MANIFEST = 'manifest.json'
-_CHUNK_EXAMPLES = 4  # the least that is read at once: 0.8 MB for GPT-2 small in bfloat16
 # One context for the process: stores share a cache of shard indices, and memory:// URLs share their contents.
 _CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
 # What tensorstore reports for a file that is cut short or altered; anything else (network, permission) is not damage.
@@ -59,7 +61,7 @@ class ActivationStore:
     plain = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
     shape = [self.n_tokens, *shape]
     sharding = {
-      'chunk_shape': [math.gcd(self.shard_examples, _CHUNK_EXAMPLES), *shape],
+      'chunk_shape': [math.gcd(self.shard_examples, activations.BLOCK), *shape],
       'codecs': plain,
       'index_codecs': plain,
     }
@@ -200,6 +202,19 @@ class ActivationStore:
         self.manifest = manifest
         return
 
+  def width(self, site: str) -> int:
+    """Returns d of a site that an SAE can read.
+
+    Raises:
+      ValueError: the site is not in the store, or its activations are not [example, token, d].
+    """
+    self._check(site)
+    return activations.width(site, self._arrays[site].shape)
+
+  def _check(self, site):
+    if site not in self._arrays:
+      raise ValueError(f'the activations at {self.where} are of {", ".join(self.manifest["sites"])}, not {site!r}')
+
   def reader(self, site: str) -> Callable[[np.ndarray], np.ndarray]:
     """Returns `read(examples)`: int [n] in any order -> activations [n, token, ...] in the store's dtype.
 
@@ -208,8 +223,7 @@ class ActivationStore:
     Raises:
       ValueError: the site is not in the store; and from `read`, a shard is missing or damaged.
     """
-    if site not in self._arrays:
-      raise ValueError(f'the activations at {self.where} are of {", ".join(self.manifest["sites"])}, not {site!r}')
+    self._check(site)
     return functools.partial(self._read, site)
 
   def _read(self, site, examples):
@@ -254,36 +268,34 @@ def _is_damaged(first: ts.Future) -> bool:
     return True
 
 
-def save_checkpoint(folder: str | pathlib.Path, step: int, state: Any, keep: int = 2):
-  """Writes a training state as `folder/<step>`, whole or not at all, and deletes all but the last `keep`.
+def save_checkpoint(folder: str | pathlib.Path, step: int, state: Any):
+  """Writes a training state as `folder/<step>`, whole or not at all, and deletes all but the last KEPT_CHECKPOINTS.
 
   Args:
     folder: a local path or a bucket's URL.
     step: number of the checkpoint.
     state: a pytree of arrays, sharded or not; typed random keys are arrays too.
-    keep: checkpoints left.
 
   Raises:
     OSError: no space is left; the checkpoints before stay.
   """
-  with _disk_space(folder), _manager(folder, max_to_keep=keep) as manager:
+  with _disk_space(folder), _manager(folder) as manager:
     manager.save(step, args=ocp.args.StandardSave(_by_path(state)))
 
 
-def restore_checkpoint(folder: str | pathlib.Path, abstract_state: Any, step: int | None = None) -> Any:
-  """Returns the state that `save_checkpoint` wrote, the last one by default, each array onto its sharding.
+def restore_checkpoint(folder: str | pathlib.Path, abstract_state: Any) -> Any:
+  """Returns the last state that `save_checkpoint` wrote, each array onto its sharding.
 
   Args:
     folder: as for `save_checkpoint`.
     abstract_state: the state's pytree, of `jax.ShapeDtypeStruct` with shardings or of arrays.
-    step: number of the checkpoint.
 
   Raises:
     FileNotFoundError: there is none.
     ValueError: it has other leaves or shapes.
   """
   with _manager(folder) as manager:
-    step = manager.latest_step() if step is None else step
+    step = manager.latest_step()
     if step is None:
       raise FileNotFoundError(f'no checkpoint at {folder}')
     leaves = manager.restore(step, args=ocp.args.StandardRestore(_by_path(abstract_state)))
@@ -297,9 +309,9 @@ def latest_step(folder: str | pathlib.Path) -> int | None:
     return manager.latest_step()
 
 
-def _manager(folder, **options) -> ocp.CheckpointManager:
+def _manager(folder) -> ocp.CheckpointManager:
   folder = str(folder) if '://' in str(folder) else os.path.abspath(folder)
-  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, max_to_keep=KEPT_CHECKPOINTS)
   return ocp.CheckpointManager(folder, options=options)
 
 

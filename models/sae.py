@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from models import sharding
-from models.topk import sharded_topk, topk_mask
+from models.topk import topk_mask
 
 NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm')
 NORM_EPS = 1e-5
+MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-8  # the latter, in the units of x, lets the iteration pass through a data point
 PARAMETERS = ('encoder', 'decoder', 'pre_bias', 'latent_bias')
 
 
@@ -75,12 +77,6 @@ class SparseAutoencoder(nnx.Module):
     preacts = self.preacts(normed)
     return jnp.where(topk_mask(preacts, self.k), jax.nn.relu(preacts), 0), norm
 
-  def encode_topk(self, x: jax.Array) -> tuple[jax.Array, jax.Array, InputNorm]:
-    """Returns values and indices [..., k] of the k latents that stay on, largest first, and the normalisation."""
-    normed, norm = self.normalize(x)
-    values, indices = sharded_topk(self.preacts(normed), self.k)
-    return jax.nn.relu(values), indices, norm
-
   def decode(self, latents: jax.Array, norm: InputNorm) -> jax.Array:
     """Returns the reconstruction [..., d] of dense latents [..., l], in the scale of the original input."""
     recons = jnp.einsum('...l,ld->...d', latents, self.decoder[...]) + self.pre_bias[...]
@@ -116,29 +112,28 @@ def unit_rows(w_ld: jax.Array) -> jax.Array:
   return w_ld / jnp.linalg.norm(w_ld, axis=1, keepdims=True)
 
 
-def geometric_median(x_bd: jax.Array, n_iterations: int = 100, eps: float = 1e-8) -> jax.Array:
+def geometric_median(x_bd: jax.Array) -> jax.Array:
   """Returns the point [d] with the least sum of distances to x_bd, by Weiszfeld's algorithm, in float32.
 
-  Each iteration averages the rows weighted by 1 / (distance + eps), beginning at the mean; eps, in the units of x, lets
-  the iteration pass through a data point.
+  Each iteration averages the rows weighted by 1 / (distance + eps), beginning at the mean.
   """
 
   def step(_, median_d):
-    weight_b = 1 / (jnp.linalg.norm(x_bd - median_d, axis=1) + eps)
+    weight_b = 1 / (jnp.linalg.norm(x_bd - median_d, axis=1) + MEDIAN_EPS)
     return weight_b @ x_bd / weight_b.sum()
 
   x_bd = x_bd.astype(jnp.float32)
-  return jax.lax.fori_loop(0, n_iterations, step, x_bd.mean(0))
+  return jax.lax.fori_loop(0, MEDIAN_STEPS, step, x_bd.mean(0))
 
 
 def init_sae(
-  key: jax.Array, sample_bd: jax.Array, n_latents: int, k: int, normalization: str = 'none', rescale: bool = True
+  key: jax.Array, sample_bd: jax.Array, n_latents: int, k: int, normalization: str = 'none'
 ) -> SparseAutoencoder:
   """Returns a freshly initialised SAE on the ambient mesh, by the rules of OpenAI's released trainer.
 
   The encoder is uniform within 1/sqrt(d), the decoder its rows at unit norm, latent_bias 0, and pre_bias the geometric
-  median of the normalised sample. With `rescale` the encoder is then divided by the mean norm of the reconstructions of
-  256 random unit vectors, so that they come back with about norm 1. The numbers do not depend on the mesh.
+  median of the normalised sample. The encoder is then divided by the mean norm of the reconstructions of 256 random
+  unit vectors, so that they come back with about norm 1. The numbers do not depend on the mesh.
 
   Raises:
     ValueError: as `SparseAutoencoder`.
@@ -167,19 +162,23 @@ def init_sae(
     return sae.encoder[...] / jnp.linalg.norm(latents_bl @ sae.decoder[...], axis=1).mean()
 
   sae = init(jnp.asarray(sample_bd))
-  if rescale:
-    sae.encoder[...] = rescaled_encoder(sae)
+  sae.encoder[...] = rescaled_encoder(sae)
   return sae
 
 
 def save(folder: str | pathlib.Path, sae: SparseAutoencoder):
-  """Writes sae.safetensors (float32) and config.json to the folder, all or nothing; what was there is replaced."""
+  """Writes sae.safetensors (float32) and config.json to the folder, all or nothing; what was there is replaced.
+
+  Raises:
+    OSError: they cannot be written, for example because the disk is full; what was there stays.
+  """
   folder = pathlib.Path(folder)
   partial = folder.with_name(f'{folder.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   arrays = {name: np.asarray(jax.device_get(getattr(sae, name)[...]), np.float32) for name in PARAMETERS}
-  safetensors.save_file(arrays, partial / 'sae.safetensors')
+  # Not save_file: on a full disk it raises an error of its own, which is no OSError.
+  (partial / 'sae.safetensors').write_bytes(safetensors.save(arrays))
   (partial / 'config.json').write_text(json.dumps({'k': sae.k, 'normalization': sae.normalization}))
   shutil.rmtree(folder, ignore_errors=True)
   os.rename(partial, folder)
@@ -190,11 +189,14 @@ def load_sae(folder: str | pathlib.Path) -> SparseAutoencoder:
 
   Raises:
     FileNotFoundError: there is no SAE in the folder.
-    ValueError: as `SparseAutoencoder`.
+    ValueError: a file is damaged; and as `SparseAutoencoder`.
   """
   folder = pathlib.Path(folder)
-  config = json.loads((folder / 'config.json').read_text())
-  arrays = safetensors.load_file(folder / 'sae.safetensors')
+  try:
+    config = json.loads((folder / 'config.json').read_text())
+    arrays = safetensors.load_file(folder / 'sae.safetensors')
+  except (json.JSONDecodeError, SafetensorError) as e:
+    raise ValueError(f'the SAE in {folder} is damaged ({e}); delete that folder and run train.sae again') from e
   check_settings(len(arrays['latent_bias']), **config)
   dims = ('latent d_model', 'latent d_model', 'd_model', 'latent')
   placed = {name: sharding.place(arrays[name], dim) for name, dim in zip(PARAMETERS, dims, strict=True)}

@@ -92,21 +92,3 @@ def topk_mask(preacts: jax.Array, k: int) -> jax.Array:
 
   spec = latent_spec(preacts.shape)
   return jax.shard_map(local_mask, in_specs=spec, out_specs=spec)(jax.lax.stop_gradient(preacts))
-
-
-def sharded_topk(preacts: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Returns values and indices [..., k] of the k largest pre-activations of every row, descending, ties by index."""
-
-  def gather_topk(preacts):
-    rows_bl = preacts.reshape(-1, preacts.shape[-1])
-    values, indices = local_topk(rows_bl, min(k, rows_bl.shape[1]))
-    indices += jax.lax.axis_index('model') * rows_bl.shape[1]
-    values, indices = (jax.lax.all_gather(x, 'model', axis=1, tiled=True) for x in (values, indices))
-    values_bk, places_bk = _topk(values, k)
-    indices_bk = jnp.take_along_axis(indices, places_bk, axis=1, mode='promise_in_bounds')
-    return tuple(x.reshape(*preacts.shape[:-1], k) for x in (values_bk, indices_bk))
-
-  spec = latent_spec(preacts.shape)
-  out_spec = P(*spec[:-1], None)
-  # Every shard gathers the same rows, which the check of varying axes cannot see.
-  return jax.shard_map(gather_topk, in_specs=spec, out_specs=(out_spec, out_spec), check_vma=False)(preacts)

@@ -83,6 +83,18 @@ def test_the_live_reader_gives_the_examples_asked_for(model, windows):
   np.testing.assert_allclose(read(np.array([9, 2, 2])), expected[[9, 2, 2]], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('site', ['h.0.attn.v_out', 'h.0.attn.qk_probs'])
+def test_a_site_without_one_vector_a_token_is_refused(model, windows, site):
+  with pytest.raises(
+    ValueError, match=rf'{site} has the shape \[11, .*\], and an SAE reads \[example, token, d\]; choose'
+  ):
+    activations.live_reader(model, windows, site)
+
+
+def test_the_width_of_a_site_is_its_last_dimension():
+  assert activations.width('h.0.mlp.post_act', (11, 7, 48)) == 48
+
+
 N_EXAMPLES, N_TOKENS = 11, 7
 
 
@@ -93,11 +105,13 @@ def read(examples):
 
 
 def batches(n, seed=3, **changed):
-  sizes = {'batch_size': 10, 'buffer_examples': 4, 'block': 2, **changed}
+  sizes = {'batch_size': 10, 'buffer_examples': 4, **changed}
   return list(itertools.islice(activations.shuffled_batches(read, N_EXAMPLES, N_TOKENS, seed=seed, **sizes), n))
 
 
-@pytest.mark.parametrize('sizes', [{}, {'batch_size': 77}, {'batch_size': 100}, {'buffer_examples': 20}, {'block': 3}])
+@pytest.mark.parametrize(
+  'sizes', [{}, {'batch_size': 77}, {'batch_size': 100}, {'buffer_examples': 20}, {'buffer_examples': 3}]
+)
 def test_every_row_comes_exactly_once_an_epoch(sizes):
   rows = np.concatenate(batches(40, **sizes))
   epochs = rows[: len(rows) // 77 * 77].reshape(-1, 77, 2)

@@ -7,7 +7,7 @@ import scipy.stats
 from flax import nnx
 
 from jax_interp import records
-from models import gpt2
+from models import gpt2, sharding
 
 N_WINDOWS, N_TOKENS, N_COMPONENTS, BATCH = 24, 6, 5, 8
 DEAD, CONSTANT = 3, 4
@@ -226,8 +226,16 @@ def test_batches_read_neurons_and_latents_on_any_mesh():
   np.testing.assert_allclose(chosen, 2 * np.asarray(neurons[0])[..., [1, 29]], atol=1e-6)
   found = records.survey(records.batches(model, windows, site, batch_size=4), len(windows))
   np.testing.assert_allclose(found.maxima_wc, np.concatenate(neurons).max(1), atol=1e-6)
-  with pytest.raises(ValueError, match='8 windows are no whole number of batches of 3'):
-    next(records.batches(model, windows, site, batch_size=3))
+  with pytest.raises(ValueError, match='8 windows are no whole number of batches of 6'):
+    next(records.batches(model, windows, site, batch_size=6))
+
+
+def test_batches_that_the_mesh_does_not_divide_are_refused():
+  with (
+    jax.set_mesh(sharding.make_mesh(3, 1)),
+    pytest.raises(ValueError, match=r'records.batch_size 4 is not divisible by the data axis 3'),
+  ):
+    next(records.batches(None, np.zeros((8, 7), np.int32), 'h.0.mlp.post_act', batch_size=4))
 
 
 @pytest.mark.usefixtures('mesh')
@@ -235,6 +243,6 @@ def test_promoted_tokens_are_the_extremes_of_the_logit_lens():
   model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, d_model=8, n_ctx=7, n_vocab=31), nnx.Rngs(0))
   write_cd = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
   promoted, suppressed = records.promoted_tokens(model, write_cd)
-  logits = write_cd @ np.asarray(model.wte.embedding[...]).T
+  logits = (write_cd - write_cd.mean(1, keepdims=True)) @ np.asarray(model.wte.embedding[...]).T
   np.testing.assert_array_equal(promoted, np.argsort(-logits, 1)[:, : records.N_PROMOTED])
   np.testing.assert_array_equal(suppressed, np.argsort(logits, 1)[:, : records.N_PROMOTED])

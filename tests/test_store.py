@@ -68,6 +68,14 @@ def test_random_reads_equal_what_was_written(tmp_path, dtype, place):
     np.testing.assert_array_equal(read, x[examples])
 
 
+def test_the_width_that_an_sae_reads(tmp_path):
+  assert create(tmp_path).width('h.1.resid.post_mlp') == 6
+  with pytest.raises(ValueError, match=r'h.0.attn.v_out has the shape \[22, 5, 2, 3\], and an SAE reads'):
+    create(tmp_path).width('h.0.attn.v_out')
+  with pytest.raises(ValueError, match="not 'nothing'"):
+    create(tmp_path).width('nothing')
+
+
 def test_a_shard_is_one_file_of_small_chunks(tmp_path):
   fill(create(tmp_path), range(3))
   assert sum(path.is_file() for path in (tmp_path / 'h.0.attn.v_out' / 'c').rglob('*')) == 3
@@ -245,7 +253,7 @@ def test_a_checkpoint_gives_back_the_sharded_state(tmp_path):
   shardings = nnx.get_named_sharding(abstract, jax.sharding.get_mesh())
   state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(0))
   for step in (10, 20, 30):
-    store.save_checkpoint(tmp_path, step, state, keep=2)
+    store.save_checkpoint(tmp_path, step, state)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['20', '30']
   assert store.latest_step(tmp_path) == 30
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)

@@ -19,6 +19,7 @@ from models import sharding, sites
 THRESHOLD = 0.5  # the share of an activation that a suffix keeps, and that an important token takes away
 SHORTEST = 8  # tokens in the narrowest padded batch; wider ones double, so that few shapes are compiled
 BATCH_TOKENS = 8192
+GROUP = 16  # components that share forward batches
 WILDCARD, START = -1, -2  # edges of the trie beside token ids: any token, and the start of the sequence
 
 Documents = Sequence[tuple[Sequence[int], Sequence[float]]]  # tokens_t and the component's activations_t
@@ -111,18 +112,20 @@ def padding_token(tokenizer) -> int:
   return ids[0] if len(ids) == 1 else tokenizer.eos_token_id
 
 
-def _widths(longest):
-  """Returns 8, 16, 32, ... and, as the last, a width that holds the longest sequence and a padding token before it."""
-  doubling = itertools.takewhile(lambda width: width < longest, (SHORTEST * 2**i for i in itertools.count()))
-  return [*doubling, longest + 1]
+def _widths(widest):
+  """Returns 8, 16, 32, ... and, as the last, the widest."""
+  doubling = itertools.takewhile(lambda width: width < widest, (SHORTEST * 2**i for i in itertools.count()))
+  return [*doubling, widest]
 
 
 def _activations(activation_fn, rows: Sequence[tuple[int, np.ndarray]], widths) -> np.ndarray:
   """Returns the activation of each (component, tokens_t) at its last token, in batches of a few fixed shapes."""
   lengths = np.array([len(tokens) for _, tokens in rows], int)
   acts = np.zeros(len(rows))
+  n_shards = jax.sharding.get_abstract_mesh().shape.get('data', 1)
   for i, width in enumerate(widths):
     size = max(1, BATCH_TOKENS // (SHORTEST * 2**i))
+    size += -size % n_shards
     members = np.flatnonzero(np.searchsorted(widths, lengths) == i)
     for batch in (members[j : j + size] for j in range(0, len(members), size)):
       tokens_bt, last_b, component_b = (np.zeros(shape, np.int32) for shape in ((size, width), size, size))
@@ -139,15 +142,16 @@ def _activations(activation_fn, rows: Sequence[tuple[int, np.ndarray]], widths) 
 @dataclasses.dataclass
 class _Document:
   component: int
-  tokens: np.ndarray  # up to and with the strongest
+  tokens: np.ndarray  # the last ones up to and with the strongest
   recorded: float  # its activation there
   suffix: np.ndarray | None = None
   activation: float = 0.0  # of the suffix
 
 
-def _cut_after_strongest(component, tokens_t, acts_t) -> _Document:
+def _cut_after_strongest(component, tokens_t, acts_t, n_tokens) -> _Document:
   strongest = int(np.argmax(acts_t))
-  return _Document(component, np.asarray(tokens_t[: strongest + 1], np.int32), float(acts_t[strongest]))
+  tokens = np.asarray(tokens_t[max(0, strongest + 1 - n_tokens) : strongest + 1], np.int32)
+  return _Document(component, tokens, float(acts_t[strongest]))
 
 
 def _find_suffixes(documents: Sequence[_Document], activation_fn, widths):
@@ -171,17 +175,18 @@ def _pattern(d: _Document, activation_after_padding: float, activations_without:
   return edges if can_pad_start else [*edges, START]
 
 
-def tries(documents: Mapping[int, Documents], activation_fn: Callable, pad_token: int, longest: int) -> dict[int, Node]:
+def tries(documents: Mapping[int, Documents], activation_fn: Callable, pad_token: int, widest: int) -> dict[int, Node]:
   """Returns a trie for each component, all of them in the same forward batches.
 
   Args:
     documents: {component: its documents}; a document where it is never active adds nothing.
     activation_fn: see `reader`.
     pad_token: see `padding_token`.
-    longest: tokens in the longest document; one more must fit into the model's context.
+    widest: tokens in the widest forward pass. A document that is as long up to its strongest token loses its oldest
+      one, so that the padding token fits before it.
   """
-  widths = _widths(longest)
-  cut = [_cut_after_strongest(c, *document) for c, part in documents.items() for document in part]
+  widths = _widths(widest)
+  cut = [_cut_after_strongest(c, *document, widest - 1) for c, part in documents.items() for document in part]
   cut = [d for d in cut if d.recorded > 0]
   _find_suffixes(cut, activation_fn, widths)
   cut = [d for d in cut if d.activation > 0]
@@ -198,24 +203,21 @@ def tries(documents: Mapping[int, Documents], activation_fn: Callable, pad_token
 
 
 def explain(
-  documents: Mapping[int, Documents],
-  activation_fn: Callable,
-  pad_token: int,
-  token_strings: Sequence[str],
-  group: int = 16,
+  documents: Mapping[int, Documents], activation_fn: Callable, pad_token: int, token_strings: Sequence[str]
 ) -> Iterator[tuple[str, Callable]]:
   """Yields (text, simulate) for every component, in order; see `render` and `Node.predict`.
+
+  The work between two yields is that of GROUP components. No forward pass is longer than the longest document.
 
   Args:
     documents: {component: [(tokens_t, activations_t), ...]}, of the excerpts that may be fitted on (the train split).
     activation_fn: see `reader`.
     pad_token: see `padding_token`.
     token_strings: the text of every token id.
-    group: components that share forward batches; the work between two yields is that of a group.
   """
-  longest = max((len(tokens) for part in documents.values() for tokens, _ in part), default=0)
+  widest = max((len(tokens) for part in documents.values() for tokens, _ in part), default=0)
   components = list(documents)
-  for i in range(0, len(components), group):
-    part = {component: documents[component] for component in components[i : i + group]}
-    for trie in tries(part, activation_fn, pad_token, longest).values():
+  for i in range(0, len(components), GROUP):
+    part = {component: documents[component] for component in components[i : i + GROUP]}
+    for trie in tries(part, activation_fn, pad_token, widest).values():
       yield render(trie, token_strings), trie.predict

@@ -2,6 +2,7 @@
 
 The token lookup table of Bills et al. 2023: a component is described by the tokens on which it is most active on
 average, and simulated by each token's average, whatever the context. Any explanation should beat this baseline.
+Names end in the letters of `records`, and v for a token's id.
 """
 
 import functools
@@ -24,53 +25,53 @@ def _add(sum_vc, tokens_bt, acts_btc, keep_bc):
 
 
 def means(
-  batches: records.Batches, windows: np.ndarray, excluded_ce: np.ndarray, n_vocab: int
+  batches: records.Batches, windows_wt: np.ndarray, excluded_cx: np.ndarray, n_vocab: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the mean activation of each token and the tokens' counts, both [v, c], without the excluded windows.
 
   Args:
     batches: (first window's number, acts_btc), over all windows.
-    windows: the tokens [example, token].
-    excluded_ce: the numbers of the windows that must have no influence on each component's table, -1 for none.
+    windows_wt: the tokens.
+    excluded_cx: the numbers of the windows that must have no influence on each component's table, -1 for none.
     n_vocab: how many token ids there are; the sums take float32 [n_vocab, c] on the device.
 
   Returns:
     The means, float32, and counts, int64. Where a token is never seen, its mean is the component's over all tokens.
   """
-  n_components = len(excluded_ce)
+  n_components = len(excluded_cx)
   sum_vc = jnp.zeros((n_vocab, n_components))
   for start, acts_btc in batches:
     rows = start + np.arange(len(acts_btc))
-    keep_bc = (rows[:, None, None] != excluded_ce).all(-1)
-    sum_vc = _add(sum_vc, windows[rows], acts_btc, keep_bc)
+    keep_bc = (rows[:, None, None] != excluded_cx).all(-1)
+    sum_vc = _add(sum_vc, windows_wt[rows], acts_btc, keep_bc)
   sum_vc = np.asarray(sum_vc)
-  count_vc = np.repeat(np.bincount(windows.ravel(), minlength=n_vocab)[:, None], n_components, 1)
-  for count_v, excluded_e in zip(count_vc.T, excluded_ce, strict=True):
-    excluded = np.unique(excluded_e[(excluded_e >= 0) & (excluded_e < len(windows))])
-    count_v -= np.bincount(windows[excluded].ravel(), minlength=n_vocab)
+  count_vc = np.repeat(np.bincount(windows_wt.ravel(), minlength=n_vocab)[:, None], n_components, 1)
+  for count_v, excluded_x in zip(count_vc.T, excluded_cx, strict=True):
+    excluded = np.unique(excluded_x[(excluded_x >= 0) & (excluded_x < len(windows_wt))])
+    count_v -= np.bincount(windows_wt[excluded].ravel(), minlength=n_vocab)
   overall_c = sum_vc.sum(0) / np.maximum(count_vc.sum(0), 1)
   return np.where(count_vc, sum_vc / np.maximum(count_vc, 1), overall_c).astype(np.float32), count_vc
 
 
 def explain(
   batches: records.Batches,
-  windows: np.ndarray,
-  excluded_ce: np.ndarray,
+  windows_wt: np.ndarray,
+  excluded_cx: np.ndarray,
   token_strings: Sequence[str],
 ) -> Iterator[tuple[str, Callable]]:
   """Yields (text, simulate) for every component, in the order of the batches' channels.
 
   Args:
     batches: as for `means`; see `records.batches`.
-    windows: the tokens [example, token].
-    excluded_ce: as for `means`; see `records.scoring_windows`.
+    windows_wt: the tokens.
+    excluded_cx: as for `means`; see `records.scoring_windows`.
     token_strings: the text of every token id.
 
   Yields:
     text: at most 20 tokens of largest mean, none below a tenth of the largest, as "'the', ' of'".
     simulate: tokens_t -> float32 activations_t.
   """
-  mean_vc, count_vc = means(batches, windows, excluded_ce, len(token_strings))
+  mean_vc, count_vc = means(batches, windows_wt, excluded_cx, len(token_strings))
   for mean_v, count_v in zip(mean_vc.T, count_vc.T, strict=True):
     seen = np.flatnonzero((mean_v > 0) & (count_v > 0))
     top = seen[np.argsort(-mean_v[seen], kind='stable')[:N_SHOWN]]

@@ -1,10 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from jax_interp.explain import neuron2graph
-from models import gpt2, sites
+from models import gpt2, sharding, sites
 
 PAD = 0
 STRINGS = [f't{i}' for i in range(20)]
@@ -25,7 +26,7 @@ def explained(rule, *documents, component=0):
   """The patterns of documents [token], whose activations are the rule's at every position."""
   acts = [[rule(component, list(tokens[: t + 1])) for t in range(len(tokens))] for tokens in documents]
   part = {component: list(zip(documents, acts, strict=True))}
-  trie = neuron2graph.tries(part, by_rule(rule), PAD, max(map(len, documents)))[component]
+  trie = neuron2graph.tries(part, by_rule(rule), PAD, 1 + max(map(len, documents)))[component]
   return dict(trie.patterns()), trie
 
 
@@ -126,16 +127,17 @@ def test_batches_of_components_equal_one_sequence_at_a_time(monkeypatch):
       documents[c].append((tokens, acts))
     found = [naive(*document, lambda tokens, c=c: rule(c, tokens)) for document in documents[c]]
     expected[c] = {pattern: max(v for p, v in found if p == pattern) for pattern, _ in found}
-  result = neuron2graph.tries(documents, by_rule(rule), PAD, 19)
+  result = neuron2graph.tries(documents, by_rule(rule), PAD, 20)
   assert {len(pattern) > 2 for c in expected for pattern in expected[c]} == {True, False}
   for c in range(3):
     assert dict(result[c].patterns()) == {pattern: pytest.approx(value) for pattern, value in expected[c].items()}
 
 
-def test_components_come_in_order_in_groups():
+def test_components_come_in_order_in_groups(monkeypatch):
+  monkeypatch.setattr(neuron2graph, 'GROUP', 2)
   rule = lambda c, tokens: float(tokens[-1] == c)
   documents = {c: [([1, c, 2], [0.0, 1.0, 0.0])] for c in (9, 4, 6)}
-  found = list(neuron2graph.explain(documents, by_rule(rule), PAD, STRINGS, group=2))
+  found = list(neuron2graph.explain(documents, by_rule(rule), PAD, STRINGS))
   assert [text for text, _ in found] == ["'t9' (1)", "'t4' (1)", "'t6' (1)"]
   assert found[1][1]([4, 9]).tolist() == [1.0, 0.0]
 
@@ -157,3 +159,35 @@ def test_reader_reads_each_rows_component_at_its_last_token(sae):
     alone = sites.forward(model, jnp.asarray(tokens_t[None, : last + 1]), capture=(site,))[1][site][0, last]
     alone = alone if sae is None else sae.encode(alone)[0]
     assert act == pytest.approx(float(alone[component]), abs=1e-6)
+
+
+def test_a_document_that_fills_the_widest_pass_loses_its_oldest_token():
+  rule = lambda c, tokens: 4.0 * (len(tokens) >= 3)  # any three tokens
+  documents = {0: [([1, 2, 3, 4], [1.0, 2.0, 3.0, 4.0])]}
+  seen = []
+
+  def activation_fn(tokens_bt, last_b, component_b):
+    seen.append(tokens_bt.shape[1])
+    return by_rule(rule)(tokens_bt, last_b, component_b)
+
+  trie = neuron2graph.tries(documents, activation_fn, PAD, widest=4)[0]
+  assert max(seen) == 4
+  assert dict(trie.patterns()) == {(W, W, W): 4.0}
+
+
+def test_windows_as_long_as_the_context_on_a_data_axis_of_any_size(monkeypatch):
+  monkeypatch.setattr(neuron2graph, 'BATCH_TOKENS', 64)
+  n_ctx, site = 9, 'h.0.mlp.post_act'
+  config = gpt2.GPT2Config(n_layer=1, n_head=2, d_model=8, n_ctx=n_ctx, n_vocab=20)
+  windows_et = np.random.default_rng(0).integers(1, 20, (6, n_ctx), np.int32)
+  texts = []
+  for n_data in (1, 3):
+    with jax.set_mesh(sharding.make_mesh(n_data, 1)):
+      model = gpt2.GPT2(config, nnx.Rngs(0))
+      acts_etn = np.asarray(sites.forward(model, windows_et, capture=(site,))[1][site])
+      assert (acts_etn[..., :4].argmax(1) == n_ctx - 1).any()
+      documents = {n: list(zip(windows_et, acts_etn[..., n], strict=True)) for n in range(4)}
+      activation_fn = neuron2graph.reader(model, site)
+      texts.append([text for text, _ in neuron2graph.explain(documents, activation_fn, PAD, STRINGS)])
+  assert texts[0] == texts[1]
+  assert all(texts[0])

@@ -30,7 +30,10 @@ CLOCKS['many'][SILENT] = DEAD
 
 
 def dense_loss(params, x_bd, dead_l, levels, auxk, auxk_coef):
-  """The formulas of sae.md 1.1, dense; the only trick is the mask of the k largest."""
+  """TopK, Multi-TopK and AuxK (Gao et al. 2024, as in train.py of OpenAI's sparse_autoencoder), dense.
+
+  The only trick is the mask of the k largest.
+  """
   top = lambda z, k: jnp.where(z >= jnp.sort(z, axis=1)[:, -k, None], jax.nn.relu(z), 0)
   preacts_bl = (x_bd - params['pre_bias']) @ params['encoder'].T + params['latent_bias']
   total = 0
