@@ -341,10 +341,3 @@ def _finite(value):
   if isinstance(value, list | tuple):
     return [_finite(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_lines(path: str | pathlib.Path) -> Iterator[str]:
-  """Yields the lines of a text file, without their ends."""
-  with open(path, encoding='utf-8') as file:
-    for line in file:
-      yield line.rstrip('\n')

@@ -9,14 +9,15 @@ from train import command
 from train import sae as train_sae
 
 
-def _batches(windows_et, batch_size, what):
-  """Yields the first example of each batch, with a progress line."""
-  firsts = range(0, len(windows_et), batch_size)
-  scale = batch_size * windows_et.shape[1]
-  for first in command.progress(firsts, len(firsts), f'train.evaluate, {what}', 'tokens', scale=scale):
-    if command.stopping():
-      raise command.Stopped('nothing is saved: the evaluation is short; run the same command again')
-    yield first
+def _last(sums, number, step, windows_et, batch_size):
+  """Returns the last of the sums, with a progress line that shows a number of the sums so far."""
+  with command.progress(None, windows_et.size, f'train.evaluate, {step} of 2', 'tokens') as bar:
+    for so_far in sums:
+      bar.set_postfix(number(so_far), refresh=False)
+      bar.update(batch_size * windows_et.shape[1])
+      if command.stopping():
+        raise command.Stopped('nothing is saved: the evaluation is short; run the same command again')
+  return so_far
 
 
 def evaluate(model, sae, site, windows_et, end_token, batch_size):
@@ -30,17 +31,16 @@ def evaluate(model, sae, site, windows_et, end_token, batch_size):
     end_token: id of the end-of-document token, which is neither reconstructed nor counted.
     batch_size: windows a batch.
   """
-  keep = lambda first: windows_et[first : first + batch_size] != end_token
-  captured = activations.stream(model, windows_et, (site,), batch_size)
-  firsts = _batches(windows_et, batch_size, '1 of 2')
-  sums = reconstruction.measure(
-    sae, ((acts[site], keep(first)) for first, (_, acts) in zip(firsts, captured, strict=True))
-  )
+  tokens_nbt = windows_et.reshape(-1, batch_size, windows_et.shape[1])
+  captured = (acts[site] for _, acts in activations.stream(model, windows_et, (site,), batch_size))
+  sums = reconstruction.measure(sae, zip(captured, tokens_nbt != end_token, strict=True))
+  sums = _last(sums, lambda sums: {'l0': f'{sums["fired_l"].sum() / sums["tokens"]:.1f}'}, 1, windows_et, batch_size)
   yield from reconstruction.metrics(sums)
-  tokens = (
-    (windows_et[first : first + batch_size], keep(first)) for first in _batches(windows_et, batch_size, '2 of 2')
-  )
-  yield from downstream.metrics(downstream.measure(model, sae, site, sums['x_d'] / sums['tokens'], tokens))
+  mean_d = sums['x_d'] / sums['tokens']
+  sums = downstream.measure(model, sae, site, mean_d, zip(tokens_nbt, tokens_nbt != end_token, strict=True))
+  increase = lambda sums: (sums['loss_spliced'] - sums['loss_clean']) / sums['predictions']
+  sums = _last(sums, lambda sums: {'loss_increase': f'{increase(sums):.4f}'}, 2, windows_et, batch_size)
+  yield from downstream.metrics(sums)
 
 
 def run(config, workdir):

@@ -16,9 +16,10 @@ HEADLINES = {
 
 
 def run(config, workdir):
-  """Runs every stage that is not done, and prints what came out."""
-  for number, stage in enumerate(STAGES, 1):
-    print(f'[{number}/{len(STAGES)}] {stage.__name__}', flush=True)
+  """Runs every stage that is not done, and prints what came out; a live SAE needs no stored activations."""
+  stages = [stage for stage in STAGES if stage is not capture or config.sae.source == 'store']
+  for number, stage in enumerate(stages, 1):
+    print(f'[{number}/{len(stages)}] {stage.__name__}', flush=True)
     stage.run(config, workdir)
   _print_summary(workdir)
 

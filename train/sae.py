@@ -34,6 +34,7 @@ def _reader(config, workdir):
   site = config.sae.site
   if config.sae.source == 'store':
     saved = capture.open_store(config, workdir)
+    saved.width(site)
     return saved.reader(site), saved.n_examples, saved.n_tokens
   subject = command.subject(config, workdir)
   windows_et = command.windows(config, workdir, subject.tokenizer, 'train')
@@ -76,7 +77,7 @@ def run(config, workdir):
   """
   settings, folder = config.sae, workdir / 'sae'
   _check(settings)
-  if command.claim(folder, made_with(config, workdir)):
+  if command.claim(folder, made_with(config, workdir)) and (folder / 'final').exists():
     return
   read, n_examples, n_tokens = _reader(config, workdir)
 

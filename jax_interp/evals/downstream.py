@@ -32,9 +32,10 @@ def _kl(clean_btv, logits_btv):
 
 def measure(
   model, sae: SparseAutoencoder, site: str, mean_d: np.ndarray, batches: Iterable[tuple[np.ndarray, np.ndarray]]
-) -> dict[str, np.ndarray]:
-  """Returns sums over the predictions that count: 'predictions', 'loss_<run>' for each of RUNS, and 'kl_spliced'.
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields, after each batch, the sums so far over the predictions that count; the last are the result.
 
+  They are 'predictions', 'loss_<run>' for each of RUNS, and 'kl_spliced'.
   The site is replaced at kept tokens; a prediction counts where the token it is made at and the one predicted are kept.
 
   Args:
@@ -70,7 +71,7 @@ def measure(
         found['kl_spliced'] = _kl(clean_btv, logits_btv)
     sums = {name: np.asarray(x_bt, np.float64)[kept_bt].sum() for name, x_bt in found.items()}
     totals = {name: totals.get(name, 0) + value for name, value in {'predictions': kept_bt.sum(), **sums}.items()}
-  return totals
+    yield totals
 
 
 def metrics(sums: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:

@@ -30,8 +30,10 @@ def _counts(active_btl, keep_bt):
   return (active_btl & keep_bt[..., None]).sum((0, 1))
 
 
-def measure(sae: SparseAutoencoder, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Returns sums over all tokens that are kept, by name.
+def measure(
+  sae: SparseAutoencoder, batches: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields, after each batch, the sums so far over all tokens that are kept, by name; the last are the result.
 
   Args:
     sae: on the ambient mesh.
@@ -61,7 +63,7 @@ def measure(sae: SparseAutoencoder, batches: Iterable[tuple[np.ndarray, np.ndarr
       'fired_l': np.asarray(fired_l, np.int64),
     }
     totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-  return totals
+    yield totals
 
 
 def metrics(sums: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float | list]]:

@@ -55,6 +55,11 @@ def tokens(n_batches=2):
   return tokens
 
 
+def last(sums):
+  *_, found = sums
+  return found
+
+
 def numpy_sae(model, x):
   """Returns recons, normed, scale and latents of rows x in float64."""
   encoder, decoder, pre_bias, latent_bias = (np.asarray(getattr(model, n)[...], np.float64) for n in sae.PARAMETERS)
@@ -73,7 +78,7 @@ def numpy_sae(model, x):
 def test_reconstruction_metrics_equal_numpy(normalization):
   model = random_sae(normalization)
   x_sbtd, keep_sbt = acts()
-  found = dict(reconstruction.metrics(reconstruction.measure(model, zip(x_sbtd, keep_sbt, strict=True))))
+  found = dict(reconstruction.metrics(last(reconstruction.measure(model, zip(x_sbtd, keep_sbt, strict=True)))))
   x = x_sbtd[keep_sbt].astype(np.float64)
   recons, normed, scale, latents = numpy_sae(model, x)
   error2, normed_error2 = ((x - recons) ** 2).sum(1), (((x - recons) / scale) ** 2).sum(1)
@@ -106,7 +111,7 @@ def test_the_mean_and_a_perfect_reconstruction_score_0_and_1():
   zeros = jnp.zeros((L, D))
   constant = sae.SparseAutoencoder(zeros, zeros, jnp.asarray(mean_d), jnp.zeros(L), K)
   for model, value, l0 in ((constant, 0.0, 0.0), (identity_sae(), 1.0, D)):
-    found = dict(reconstruction.metrics(reconstruction.measure(model, zip(x_sbtd, keep_sbt, strict=True))))
+    found = dict(reconstruction.metrics(last(reconstruction.measure(model, zip(x_sbtd, keep_sbt, strict=True)))))
     np.testing.assert_allclose(found['explained_variance'], value, atol=1e-6)
     np.testing.assert_allclose(found['normalized_mse'], 1 - value, atol=1e-6)
     assert found['l0'] == l0
@@ -121,7 +126,7 @@ def test_downstream_metrics_equal_numpy(model):
   """The second layer is run by the model; replacing, masking and averaging are redone in NumPy."""
   spliced_sae, mean_d, tokens_sbt = random_sae('layer_norm_std'), np.linspace(-1, 1, D), tokens()
   batches = [(tokens_bt, tokens_bt != END) for tokens_bt in tokens_sbt]
-  sums = downstream.measure(model, spliced_sae, SITE, mean_d, batches)
+  sums = last(downstream.measure(model, spliced_sae, SITE, mean_d, batches))
   found = dict(downstream.metrics(sums))
   losses, kls = {run: [] for run in downstream.RUNS}, []
   for tokens_bt, keep_bt in batches:
@@ -157,7 +162,7 @@ def test_downstream_metrics_equal_numpy(model):
 
 def test_a_perfect_reconstruction_recovers_all_the_loss(model):
   batches = [(tokens_bt, tokens_bt != END) for tokens_bt in tokens()]
-  found = dict(downstream.metrics(downstream.measure(model, identity_sae(), SITE, np.zeros(D), batches)))
+  found = dict(downstream.metrics(last(downstream.measure(model, identity_sae(), SITE, np.zeros(D), batches))))
   assert abs(found['cross_entropy_zero_ablated'] - found['cross_entropy_clean']) > 0.01
   assert found['cross_entropy_zero_ablated'] == found['cross_entropy_mean_ablated']
   np.testing.assert_allclose(found['loss_recovered_zero'], 1, atol=1e-5)
@@ -168,5 +173,5 @@ def test_no_reconstruction_recovers_nothing(model):
   batches = [(tokens_bt, tokens_bt != END) for tokens_bt in tokens()]
   zeros = jnp.zeros((L, D))
   nothing = sae.SparseAutoencoder(zeros, zeros, jnp.zeros(D), jnp.zeros(L), K)
-  found = dict(downstream.metrics(downstream.measure(model, nothing, SITE, np.zeros(D), batches)))
+  found = dict(downstream.metrics(last(downstream.measure(model, nothing, SITE, np.zeros(D), batches))))
   np.testing.assert_allclose(found['loss_recovered_zero'], 0, atol=1e-6)
