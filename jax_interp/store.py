@@ -213,7 +213,10 @@ class ActivationStore:
 
   def _check(self, site):
     if site not in self._arrays:
-      raise ValueError(f'the activations at {self.where} are of {", ".join(self.manifest["sites"])}, not {site!r}')
+      raise ValueError(
+        f'the activations at {self.where} are of {", ".join(self.manifest["sites"])}, not {site!r}; choose one of these, or '
+        'capture that one too, in another --workdir'
+      )
 
   def reader(self, site: str) -> Callable[[np.ndarray], np.ndarray]:
     """Returns `read(examples)`: int [n] in any order -> activations [n, token, ...] in the store's dtype.
