@@ -213,8 +213,9 @@ class ActivationStore:
 
   def _check(self, site):
     if site not in self._arrays:
+      there = ', '.join(self.manifest['sites'])
       raise ValueError(
-        f'the activations at {self.where} are of {", ".join(self.manifest["sites"])}, not {site!r}; choose one of these, or '
+        f'the activations at {self.where} are of {there}, not {site!r}; choose one of these, or '
         'capture that one too, in another --workdir'
       )
 
