@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jax_interp import records
+from models import sites
 from train import command
 from train import sae as train_sae
 
@@ -93,11 +94,13 @@ def run(config, workdir):
     return
   subject = command.subject(config, workdir)
   windows_et = _windows(config, workdir, subject.tokenizer)
-  np.save(folder / 'windows.npy', windows_et)  # the same in every run, so that a torn one is mended by the next
   kinds = {
     'latents': (config.sae.site, train_sae.load(config, workdir)),
     'neurons': (f'h.{settings.neurons_layer}.mlp.post_act', None),
   }
+  sites.site_shapes(subject.model, windows_et[: settings.batch_size], tuple(site for site, _ in kinds.values()))
+  # Only now that nothing speaks against the settings; the same in every run, so a torn one is mended by the next.
+  np.save(folder / 'windows.npy', windows_et)
   for kind, (site, sae) in kinds.items():
     if not (folder / f'{kind}.npz').exists():
       _record_kind(folder, kind, subject, windows_et, site, sae, settings, config.seed)

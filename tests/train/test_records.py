@@ -106,3 +106,13 @@ def test_too_little_text_is_refused(workdir, config):
   config.records.n_windows = 7
   with pytest.raises(ValueError, match=r'records\.n_windows 7 .* fewer than records\.batch_size 8'):
     train_records.run(config, workdir)
+
+
+def test_a_layer_that_is_not_there_is_told_before_any_work_and_claims_nothing(workdir, config):
+  config.records.neurons_layer = 4
+  with pytest.raises(KeyError, match=r'no site matches .*h\.4\.mlp\.post_act.*; the nearest are h\..\.mlp\.post_act'):
+    train_records.run(config, workdir)
+  assert [path.name for path in (workdir / 'records').iterdir()] == ['config.json']
+  config.records.neurons_layer = 3
+  train_records.run(config, workdir)
+  assert (workdir / 'records' / 'DONE').exists()
