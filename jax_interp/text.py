@@ -22,6 +22,7 @@ EMBEDDED = 'embedded'
 EMBEDDED_PACKAGES = ('numpy', 'scipy', 'jax')
 HELD_OUT_PERCENT = 10
 SPLITS = ('train', 'held_out')
+PAD = -1  # stands behind the last token of a padded window; no token id
 MIN_DOCUMENT = 200  # characters; shorter docstrings are mostly signatures repeated
 MIN_LINE = 20  # characters; shorter lines ('Returns', '-------') stand in every document and say nothing of duplicates
 TXT_DOCUMENT = 4000  # characters gathered into one document of a plain .txt file, so that there is something to split
@@ -150,3 +151,13 @@ def windows(texts: Iterable[str], tokenizer, n_tokens: int) -> np.ndarray:
   if len(tokens) < n_tokens:
     raise ValueError(f'the text has {len(tokens)} tokens, fewer than one window of {n_tokens}; give a longer text')
   return tokens[: len(tokens) // n_tokens * n_tokens].reshape(-1, n_tokens)
+
+
+def special_ids(tokenizer) -> np.ndarray:
+  """Returns the ids of the tokenizer's special tokens (end, beginning, padding, unknown, ...), int32, ascending."""
+  return np.array(sorted(tokenizer.all_special_ids), np.int32)
+
+
+def kept(tokens_et: np.ndarray, special_ids: np.ndarray) -> np.ndarray:
+  """Returns the mask, bool and shaped like the tokens, of what stands for text: neither `PAD` nor a special token."""
+  return (tokens_et != PAD) & ~np.isin(tokens_et, special_ids)

@@ -99,3 +99,11 @@ def test_missing_and_short_text_raise():
     text.documents('nowhere.txt')
   with pytest.raises(ValueError, match='fewer than one window of 64'):
     text.windows(['short'], pretrained.load_tokenizer('embedded'), 64)
+
+
+def test_padding_and_special_tokens_are_not_kept():
+  tokenizer = pretrained.load_tokenizer('embedded')
+  ids = text.special_ids(tokenizer)
+  assert tokenizer.eos_token_id in ids
+  tokens_et = np.array([[5, tokenizer.eos_token_id, 7], [9, text.PAD, text.PAD]], np.int32)
+  np.testing.assert_array_equal(text.kept(tokens_et, ids), [[True, False, True], [True, False, False]])
