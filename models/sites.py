@@ -3,6 +3,8 @@
 A model passes every named activation (a site) through a `Tap`, which shards it, applies the edits that match, adds the
 probe that is differentiated, and captures it, always in that order. Because the probe comes after the edits, `stop` at
 a site lets the site's own gradient through while it cuts every path that enters the site from upstream.
+
+The same pass reads a whole prompt at once or, with a `Past`, only the tokens that are new (see `models.generation`).
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models import sharding
 
@@ -23,7 +26,8 @@ class Edit:
   """Replaces the activation x at every site that matches a glob by `fn(x, tap, *args)`.
 
   `site` and `fn` are static, only `args` are traced: new values never recompile, a new function does, so define edit
-  functions at module level.
+  functions at module level. An argument with a token axis goes through `tap.here`, so that the edit is right where
+  only new tokens are read.
   """
 
   site: str
@@ -32,24 +36,29 @@ class Edit:
 
 
 def _where(x, tap, mask, value):
-  return jnp.where(mask, value, x)
+  return jnp.where(tap.here(mask), tap.here(value), x).astype(x.dtype)
 
 
-def _add(x, tap, vector):
-  return x + vector
+def _add(x, tap, vector, mask):
+  return jnp.where(tap.here(mask), x + tap.here(vector), x).astype(x.dtype)
 
 
 def _stop(x, tap):
   return jax.lax.stop_gradient(x)
 
 
-def _splice(x, tap, sae):
+def _stop_where(x, tap, mask):
+  return jnp.where(tap.here(mask), jax.lax.stop_gradient(x), x)
+
+
+def _splice(x, tap, sae, mask):
   latents, norm = sae.encode(x)
   error = tap('error', jax.lax.stop_gradient(x - sae.decode(latents, norm)), 'batch token d_model')
-  return sae.decode(tap('latents', latents, 'batch token latent'), norm) + error
+  spliced = sae.decode(tap('latents', latents, 'batch token latent'), norm) + error
+  return jnp.where(tap.here(mask), spliced, x).astype(x.dtype)
 
 
-def ablate(site: str, mask) -> Edit:
+def ablate(site: str, mask=True) -> Edit:
   """Returns an edit that sets the activation to zero where the mask (broadcast to the site's shape) is true."""
   return Edit(site, _where, (mask, 0.0))
 
@@ -59,23 +68,47 @@ def patch(site: str, value, mask=True) -> Edit:
   return Edit(site, _where, (mask, value))
 
 
-def steer(site: str, vector) -> Edit:
-  """Returns an edit that adds a vector (broadcast to the site's shape)."""
-  return Edit(site, _add, (vector,))
+def steer(site: str, vector, mask=True) -> Edit:
+  """Returns an edit that adds a vector (broadcast to the site's shape) where the mask is true."""
+  return Edit(site, _add, (vector, mask))
 
 
-def splice(site: str, sae) -> Edit:
+def splice(site: str, sae, mask=True) -> Edit:
   """Returns an edit that reads and writes the site through an SAE's latents, its error kept as a constant.
 
-  It changes no logit; it adds the sites `<site>.latents` and `<site>.error`. The SAE has
+  It changes no logit; it adds the sites `<site>.latents` and `<site>.error`, which edits may change in turn. Where the
+  mask (broadcast to the site's shape) is false, the latents are read and what they write is dropped. The SAE has
   `encode(x_btd) -> latents_btl, norm` and `decode(latents_btl, norm) -> x_btd`.
   """
-  return Edit(site, _splice, (sae,))
+  return Edit(site, _splice, (sae, mask))
 
 
-def stop(site: str) -> Edit:
-  """Returns an edit that makes the activation a constant to gradients: frozen norms, attention patterns or nodes."""
-  return Edit(site, _stop)
+def stop(site: str, mask=None) -> Edit:
+  """Returns an edit that makes the activation a constant to gradients: frozen norms, attention patterns or nodes.
+
+  Args:
+    site: name or glob.
+    mask: broadcast to the site's shape, true at the nodes to stop; by default all.
+  """
+  return Edit(site, _stop) if mask is None else Edit(site, _stop_where, (mask,))
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['keys_and_values', 'n_read_b'], meta_fields=['n_slots']
+)
+@dataclasses.dataclass(frozen=True)
+class Past:
+  """What attention needs of the tokens read before.
+
+  Attributes:
+    keys_and_values: {site: [batch, slot, g, channel]}, after their edits; empty before the first token.
+    n_read_b: tokens read of each row, which is the slot of its next one.
+    n_slots: how many tokens a row can have.
+  """
+
+  keys_and_values: dict[str, jax.Array]
+  n_read_b: jax.Array
+  n_slots: int
 
 
 @dataclasses.dataclass
@@ -85,9 +118,12 @@ class Tap:
   edits: Sequence[Edit] = ()
   probes: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
   capture: Sequence[str] = ()
+  past: Past | None = None
   prefix: str = ''
+  shape: dict[str, int] = dataclasses.field(default_factory=dict)  # of the site that is being edited, by dimension
   acts: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   seen: list[str] = dataclasses.field(default_factory=list)
+  keys_and_values: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
   def at(self, name: str) -> 'Tap':
     """Returns the same tap one level deeper in the namespace; it shares what is captured."""
@@ -97,14 +133,51 @@ class Tap:
     site = self.prefix + name
     self.seen.append(site)
     x = sharding.constrain(x, dims)
+    inner = dataclasses.replace(self.at(name), shape=dict(zip(dims.split(), x.shape, strict=True)))
     for edit in self.edits:
       if fnmatch.fnmatchcase(site, edit.site):
-        x = edit.fn(x, self.at(name), *edit.args)
+        x = edit.fn(x, inner, *edit.args)
     if site in self.probes:
       x = x + self.probes[site]
     if any(fnmatch.fnmatchcase(site, pattern) for pattern in self.capture):
       self.acts[site] = x
     return x
+
+  def positions(self, n_tokens: int) -> jax.Array:
+    """Returns the positions [batch or 1, n_tokens] of this pass's tokens in their texts."""
+    first_b = jnp.zeros(1, jnp.int32) if self.past is None else self.past.n_read_b
+    return first_b[:, None] + jnp.arange(n_tokens)
+
+  def extend(self, name: str, x_btgc: jax.Array) -> jax.Array:
+    """Returns keys or values of all tokens so far, [batch, slot, g, channel]: without a past, x itself."""
+    if self.past is None:
+      return x_btgc
+    site, (b, t, *shape) = self.prefix + name, x_btgc.shape
+    empty = jnp.zeros((b, self.past.n_slots, *shape), x_btgc.dtype)
+    slots_bt = self.positions(t)
+    extended = self.past.keys_and_values.get(site, empty).at[jnp.arange(b)[:, None], slots_bt].set(x_btgc)
+    self.keys_and_values[site] = sharding.constrain(extended, 'batch token head channel')
+    return self.keys_and_values[site]
+
+  def here(self, value) -> jax.Array:
+    """Returns what an edit's argument, broadcast to the whole text, is at this pass's tokens.
+
+    Raises:
+      ValueError: while only new tokens are read, its token axis is neither 1 nor all that the text can have.
+    """
+    value, dims = jnp.asarray(value), list(self.shape)
+    axis = dims.index('token') - len(dims)  # from the right, as arrays broadcast
+    if self.past is None or value.ndim < -axis or value.shape[axis] == 1:
+      return value
+    if value.shape[axis] != self.past.n_slots:
+      raise ValueError(
+        f'an edit at {self.prefix[:-1]} has an array of {value.shape[axis]} tokens; while generating, it must have 1 '
+        f'or all {self.past.n_slots}, of the prompt and the new ones'
+      )
+    value = jnp.broadcast_to(value, (self.shape['batch'], *value.shape[value.ndim - len(dims) + 1 :]))
+    axis += len(dims) - 1  # of a row
+    take = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, self.shape['token'], axis)
+    return jax.vmap(take)(value, self.past.n_read_b)
 
 
 def _check_sites(patterns: Sequence[str], seen: Sequence[str]):
@@ -114,26 +187,59 @@ def _check_sites(patterns: Sequence[str], seen: Sequence[str]):
     raise KeyError(f'no site matches {unseen[0]!r}; the nearest are {", ".join(nearest) or ", ".join(seen)}')
 
 
+def check_tokens(model, tokens_bt):
+  """Raises unless host tokens are of the model's vocabulary: on a device, a wrong one would read another's embedding.
+
+  Raises:
+    ValueError: a token is outside; the message says which, and where.
+  """
+  tokens_bt, n_vocab = np.asarray(tokens_bt), model.config.n_vocab
+  if tokens_bt.size and not 0 <= tokens_bt.min() <= tokens_bt.max() < n_vocab:
+    row, token = np.argwhere((tokens_bt < 0) | (tokens_bt >= n_vocab))[0]
+    raise ValueError(
+      f'token {tokens_bt[row, token]} at row {row}, position {token} is outside the vocabulary of {n_vocab}; encode '
+      'the text with the tokenizer of this model'
+    )
+
+
+def run(model, tokens_bt: jax.Array, tap: Tap) -> jax.Array:
+  """Returns logits_btv of one pass of a tap; for callers inside `jax.jit`, such as `forward`.
+
+  Raises:
+    KeyError: an edit, probe or capture names no site; the message gives the nearest names.
+  """
+  logits_btv = model(tokens_bt, tap)
+  _check_sites([*(edit.site for edit in tap.edits), *tap.probes, *tap.capture], tap.seen)
+  return logits_btv
+
+
 @functools.partial(jax.jit, static_argnames='capture')
+def _forward(model, tokens_bt, edits, probes, capture):
+  tap = Tap(edits, probes, capture)
+  logits_btv = run(model, tokens_bt, tap)
+  return logits_btv, tap.acts
+
+
 def forward(
-  model, tokens_bt: jax.Array, edits: Sequence[Edit] = (), probes: Mapping = {}, capture: tuple[str, ...] = ()
+  model, tokens_bt, edits: Sequence[Edit] = (), probes: Mapping = {}, capture: tuple[str, ...] = ()
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns logits_btv and {site: activation}, on the ambient mesh; a new set of sites recompiles, new values do not.
 
   Args:
     model: a callable `(tokens_bt, tap) -> logits_btv` that taps its sites.
-    tokens_bt: int32 token ids.
+    tokens_bt: int32 token ids. NumPy arrays are checked against the vocabulary; arrays on a device are not, see
+      `check_tokens`.
     edits: applied in this order at each site they match.
     probes: {site: zeros of its shape}, added after the edits; differentiate with respect to them.
     capture: site names or globs.
 
   Raises:
     KeyError: an edit, probe or capture names no site; the message gives the nearest names.
+    ValueError: a token is outside the vocabulary, or the tokens are longer than the context.
   """
-  tap = Tap(edits, probes, capture)
-  logits_btv = model(tokens_bt, tap)
-  _check_sites([*(edit.site for edit in edits), *probes, *capture], tap.seen)
-  return logits_btv, tap.acts
+  if isinstance(tokens_bt, np.ndarray):
+    check_tokens(model, tokens_bt)
+  return _forward(model, tokens_bt, tuple(edits), probes, tuple(capture))
 
 
 def site_shapes(

@@ -109,11 +109,11 @@ def test_promoted_logits_are_what_a_write_adds_to_the_logits_at_a_frozen_norm(me
   ('config', 'message'),
   [
     (gpt2.GPT2Config(n_layer=1, n_head=3, d_model=32), 'd_model 32 is not divisible by n_head 3'),
-    (gpt2.GPT2Config(n_layer=1, n_head=3, d_model=33), 'n_head 3 is not divisible by the model axis 2'),
+    (gpt2.GPT2Config(n_layer=1, n_head=5, d_model=5), 'n_neurons 20 is not divisible by the model axis 8'),
   ],
 )
 def test_sizes_that_do_not_divide_raise(config, message):
-  with jax.set_mesh(sharding.make_mesh(1, 2)), pytest.raises(ValueError, match=message):
+  with jax.set_mesh(sharding.make_mesh(1, 8)), pytest.raises(ValueError, match=message):
     gpt2.GPT2(config, nnx.Rngs(0))
 
 

@@ -96,12 +96,11 @@ def test_an_sae_spliced_in_changes_no_logit_and_adds_its_sites(model):
 
 
 def test_new_values_do_not_retrace(model):
-  forward = sites.forward
   mask = np.zeros((4, 12, 128), bool)
-  forward(model, TOKENS, [sites.ablate(SITE, mask)])
-  before = forward._cache_size()
-  forward(model, (TOKENS + 1) % 53, [sites.ablate(SITE, ~mask)])
-  assert forward._cache_size() == before
+  sites.forward(model, TOKENS, [sites.ablate(SITE, mask)])
+  before = sites._forward._cache_size()
+  sites.forward(model, (TOKENS + 1) % 53, [sites.ablate(SITE, ~mask)])
+  assert sites._forward._cache_size() == before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""What the families of subject models share: parameters, matrix products, attention and the residual block.
+
+Modules taking (x_btd, tap) visit their own sites and give what they add. Parameters have one namespace with the sites,
+and their names are the same where they mean the same: whatever the family, `h.5.mlp.c_proj.kernel` [neuron, d_model] is
+what `h.5.mlp.post_act` multiplies, and `h.5.attn.c_proj.kernel` [head, channel, d_model] what `h.5.attn.v_out` does.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.sites import Tap
+
+INIT_STD = 0.02
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD, out_sharding: tuple = ()) -> nnx.Param:
+  """Returns a parameter of independent normal values."""
+  return nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=out_sharding)
+
+
+class Embedding(nnx.Module):
+  """A table [n, d_model] of a row for each token or each position."""
+
+  def __init__(self, rngs, n, d_model):
+    self.embedding = normal(rngs, (n, d_model))
+
+
+class Linear(nnx.Module):
+  """A kernel and, where wanted, a bias of the last axes of its shape; the caller writes the einsum.
+
+  Products are summed in float32 and come back in the dtype of the input, so bfloat16 parameters round once.
+  """
+
+  def __init__(self, rngs, shape, n_in, std=INIT_STD, out_sharding=(), bias=True):
+    self.kernel = normal(rngs, shape, std, out_sharding)
+    self.bias = nnx.Param(jnp.zeros(shape[n_in:]), out_sharding=out_sharding[n_in:]) if bias else None
+
+  def __call__(self, subscripts: str, x: jax.Array) -> jax.Array:
+    y = jnp.einsum(subscripts, x, self.kernel[...], preferred_element_type=jnp.float32)
+    if self.bias is not None:
+      y += self.bias[...]
+    return y.astype(x.dtype)
+
+
+def attend(q_bthc: jax.Array, k_btgc: jax.Array, v_btgc: jax.Array, tap: Tap) -> jax.Array:
+  """Returns v_out_bthc of causal attention, where n_head / g neighbouring heads share each of g keys and values.
+
+  Sites: q [batch, token, head, channel], k and v [batch, token, g, channel], qk_logits = q k / sqrt(channels) and
+  qk_probs [batch, head, token, source], v_out [batch, token, head, channel]. The logits of later sources are not
+  masked at the site; their probabilities are 0.
+  """
+  q_bthc = tap('q', q_bthc, 'batch token head channel')
+  k_bsgc = tap.extend('k', tap('k', k_btgc, 'batch token head channel'))
+  v_bsgc = tap.extend('v', tap('v', v_btgc, 'batch token head channel'))
+  (b, t, h, c), g = q_bthc.shape, k_bsgc.shape[2]
+  grouped_btgrc = q_bthc.reshape(b, t, g, h // g, c)
+  logits = jnp.einsum('btgrc,bsgc->bgrts', grouped_btgrc, k_bsgc, preferred_element_type=jnp.float32)
+  logits_bhts = tap('qk_logits', logits.reshape(b, h, t, -1) * c**-0.5, 'batch head token source')
+  causal_bts = tap.positions(t)[..., None] >= jnp.arange(logits_bhts.shape[-1])
+  probs_bhts = jax.nn.softmax(jnp.where(causal_bts[:, None], logits_bhts, -jnp.inf))
+  probs_bhts = tap('qk_probs', probs_bhts.astype(q_bthc.dtype), 'batch head token source')
+  grouped_bgrts = probs_bhts.reshape(b, g, h // g, t, -1)
+  v_out = jnp.einsum('bgrts,bsgc->btgrc', grouped_bgrts, v_bsgc, preferred_element_type=jnp.float32)
+  return tap('v_out', v_out.reshape(b, t, h, c).astype(q_bthc.dtype), 'batch token head channel')
+
+
+class Block(nnx.Module):
+  """One layer; sites resid.delta_attn, .post_attn, .delta_mlp, .post_mlp [batch, token, d_model], and its parts'."""
+
+  def __init__(self, attn_ln, attn, mlp_ln, mlp):
+    self.attn_ln, self.attn, self.mlp_ln, self.mlp = attn_ln, attn, mlp_ln, mlp
+
+  def __call__(self, x_btd, tap):
+    attn_btd = self.attn(self.attn_ln(x_btd, tap.at('attn_ln')), tap.at('attn'))
+    x_btd = x_btd + tap('resid.delta_attn', attn_btd, 'batch token d_model')
+    x_btd = tap('resid.post_attn', x_btd, 'batch token d_model')
+    mlp_btd = self.mlp(self.mlp_ln(x_btd, tap.at('mlp_ln')), tap.at('mlp'))
+    x_btd = x_btd + tap('resid.delta_mlp', mlp_btd, 'batch token d_model')
+    return tap('resid.post_mlp', x_btd, 'batch token d_model')
+
+
+def unembed(x_btd: jax.Array, unembedding_vd: jax.Array) -> jax.Array:
+  """Returns logits_btv in float32."""
+  return jnp.einsum('btd,vd->btv', x_btd, unembedding_vd, preferred_element_type=jnp.float32)
+
+
+def check_length(n_tokens: int, n_ctx: int):
+  """Raises unless the tokens fit into the context.
+
+  Raises:
+    ValueError: they are longer.
+  """
+  if n_tokens > n_ctx:
+    raise ValueError(f'{n_tokens} tokens are longer than the context of {n_ctx}; cut the prompt or the windows')
