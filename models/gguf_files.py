@@ -5,6 +5,8 @@ Needs the package `gguf`, the extra of that name.
 """
 
 import dataclasses
+import math
+import mmap
 import os
 import pathlib
 import re
@@ -65,7 +67,18 @@ _SPLITS = {  # tokenizer.ggml.pre -> the patterns by which llama.cpp cuts text b
   'llama-bpe': (_LLAMA3_WORDS,),
   'default': (r'[\p{P}$+<=>^~|]+', _GPT2_WORDS, r'\p{N}+', r'[0-9][0-9][0-9]'),
 }
+_STRING, _ARRAY = 8, 9  # kinds of a value in the metadata
+_NUMBERS = {0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?', 10: '<u8', 11: '<i8', 12: '<f8'}
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+  """Where a tensor lies: its type as the file numbers it, its shape, and its bytes row by row in the mapped file."""
+
+  type_id: int
+  shape: tuple[int, ...]
+  rows: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +91,8 @@ class GGUFFile:
   """
 
   path: pathlib.Path
-  metadata: dict[str, Any]
-  _tensors: dict[str, Any] = dataclasses.field(repr=False)  # of the package: type, shape, a view into the mapped file
+  metadata: dict[str, Any] = dataclasses.field(repr=False)
+  _tensors: dict[str, _Tensor] = dataclasses.field(repr=False)
 
   @property
   def names(self) -> list[str]:
@@ -87,7 +100,13 @@ class GGUFFile:
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns a tensor's shape, rows first: [out, in] of a matrix."""
-    return tuple(self._tensors[name].shape[::-1].tolist())
+    return self._tensors[name].shape
+
+  def check_type(self, name: str):
+    """Raises ValueError unless the tensor is of one of TENSOR_TYPES."""
+    found = _gguf().GGMLQuantizationType(self._tensors[name].type_id).name
+    if found not in TENSOR_TYPES:
+      raise ValueError(f'{self.path}: {name} is of type {found}; supported: {", ".join(TENSOR_TYPES)}')
 
   def tensor(self, name: str) -> np.ndarray:
     """Returns a tensor in float32, dequantised.
@@ -95,21 +114,88 @@ class GGUFFile:
     Raises:
       ValueError: it is of another type than TENSOR_TYPES.
     """
-    import gguf
-
+    self.check_type(name)
     stored = self._tensors[name]
-    _check_type(self, name)
-    out = np.empty(self.shape(name), np.float32)
-    for start in range(0, len(out), _ROWS_AT_ONCE):
-      rows = slice(start, start + _ROWS_AT_ONCE)
-      out[rows] = gguf.quants.dequantize(stored.data[rows], stored.tensor_type)
+    out = np.empty(stored.shape, np.float32)
+    out_rows = out.reshape(len(stored.rows), -1)
+    for start in range(0, len(out_rows), _ROWS_AT_ONCE):
+      some = slice(start, start + _ROWS_AT_ONCE)
+      out_rows[some] = _gguf().quants.dequantize(stored.rows[some], stored.type_id)
     return out
 
 
-def _check_type(file: GGUFFile, name: str):
-  found = file._tensors[name].tensor_type.name
-  if found not in TENSOR_TYPES:
-    raise ValueError(f'{file.path}: {name} is of type {found}; supported: {", ".join(TENSOR_TYPES)}')
+def _gguf():
+  """Returns the package, which is optional."""
+  try:
+    import gguf
+  except ImportError as e:
+    raise ImportError("GGUF files need the package gguf: pip install 'jax-interp[gguf]'") from e
+  return gguf
+
+
+# The package has a reader of its own, which takes 2 s for a vocabulary of 49152 and says of a cut file only that an
+# index is out of bounds; of the package, we use the dequantisation.
+
+
+def _take(mapped: mmap.mmap, n_bytes: int) -> bytes:
+  data = mapped.read(min(n_bytes, len(mapped)))
+  if len(data) < n_bytes:
+    raise ValueError(f'its metadata go on behind its {len(mapped)} bytes')
+  return data
+
+
+def _numbers(mapped: mmap.mmap, code: str, n: int) -> list:
+  dtype = np.dtype(code)
+  return np.frombuffer(_take(mapped, n * dtype.itemsize), dtype).tolist()
+
+
+def _string(mapped: mmap.mmap) -> str:
+  return _take(mapped, *_numbers(mapped, '<u8', 1)).decode('utf-8')
+
+
+def _value(mapped: mmap.mmap, kind: int):
+  if kind == _STRING:
+    return _string(mapped)
+  if kind == _ARRAY:
+    (kind,), (n,) = _numbers(mapped, '<u4', 1), _numbers(mapped, '<u8', 1)
+    return _numbers(mapped, _NUMBERS[kind], n) if kind in _NUMBERS else [_value(mapped, kind) for _ in range(n)]
+  if kind not in _NUMBERS:
+    raise ValueError(f'it has a value of the unknown kind {kind}')
+  return _numbers(mapped, _NUMBERS[kind], 1)[0]
+
+
+def _read(mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+  """Returns the metadata and the tensors of a file from its counts on."""
+  metadata, places = {}, {}
+  n_tensors, n_values = _numbers(mapped, '<u8', 2)
+  for _ in range(n_values):
+    key = _string(mapped)
+    metadata[key] = _value(mapped, *_numbers(mapped, '<u4', 1))
+  for _ in range(n_tensors):
+    name = _string(mapped)
+    if name in places:
+      raise ValueError(f'it has two tensors {name}')
+    dims = _numbers(mapped, '<u8', *_numbers(mapped, '<u4', 1))
+    places[name] = tuple(dims[::-1]), *_numbers(mapped, '<u4', 1), *_numbers(mapped, '<u8', 1)
+
+  sizes = _gguf().GGML_QUANT_SIZES
+  alignment = metadata.get('general.alignment', 32)
+  if not isinstance(alignment, int) or alignment < 1:
+    raise ValueError(f'its alignment is {alignment!r}')
+  data_start = -(-mapped.tell() // alignment) * alignment
+  tensors = {}
+  for name, (shape, type_id, offset) in places.items():
+    if type_id not in sizes:
+      raise ValueError(f'{name} is of a type {type_id} that the package gguf does not know; update it')
+    n_in_block, n_bytes_of_block = sizes[type_id]
+    start, n_bytes = data_start + offset, math.prod(shape) // n_in_block * n_bytes_of_block
+    if not shape or not n_bytes or shape[-1] % n_in_block:
+      raise ValueError(f'{name} has shape {shape}, which is not rows of whole blocks of {n_in_block}')
+    if start + n_bytes > len(mapped):
+      raise ValueError(f'{name} goes to byte {start + n_bytes}, the file to {len(mapped)}')
+    rows = np.frombuffer(mapped, np.uint8, n_bytes, start).reshape(math.prod(shape[:-1]), -1)
+    tensors[name] = _Tensor(type_id, shape, rows)
+  return metadata, tensors
 
 
 def open_file(path: str | pathlib.Path) -> GGUFFile:
@@ -120,32 +206,24 @@ def open_file(path: str | pathlib.Path) -> GGUFFile:
     ImportError: the package `gguf` is not installed.
     ValueError: it is no GGUF file, of another version or byte order, cut short or damaged.
   """
-  try:
-    import gguf
-  except ImportError as e:
-    raise ImportError("GGUF files need the package gguf: pip install 'jax-interp[gguf]'") from e
-
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'no file {path}; give the path of a .gguf file')
-  with open(path, 'rb') as head:
-    magic, version = head.read(4), int.from_bytes(head.read(4), 'little')
-  if magic != b'GGUF':
-    raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'")
-  known = gguf.gguf_reader.READER_SUPPORTED_VERSIONS
-  if version and not version & 0xFFFF:
-    raise ValueError(f'{path} is a big-endian GGUF file; convert it to little-endian, as most are')
-  if version not in known:
-    raise ValueError(f'{path} is of GGUF version {version}; supported: {", ".join(map(str, known))}; convert it anew')
+  with open(path, 'rb') as file:
+    magic, version_bytes = file.read(4), file.read(4)
+    version = int.from_bytes(version_bytes, 'little')
+    if magic != b'GGUF':
+      raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'")
+    if version and not version & 0xFFFF:
+      raise ValueError(f'{path} is a big-endian GGUF file; convert it to little-endian, as most are')
+    if len(version_bytes) == 4 and version not in (2, 3):
+      raise ValueError(f'{path} is of GGUF version {version}; supported: 2, 3; convert it anew')
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  mapped.read(8)
   try:
-    reader = gguf.GGUFReader(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith('GGUF.')}
-  except (ValueError, IndexError, KeyError, OverflowError) as e:  # what it raises where bytes are missing or wrong
-    raise ValueError(
-      f'{path} ({path.stat().st_size} bytes) is cut short or damaged: its metadata, or a tensor, does not fit ({e}); '
-      'fetch it again'
-    ) from e
-  return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+    return GGUFFile(path, *_read(mapped))
+  except ValueError as e:  # that of a string which is not UTF-8 too
+    raise ValueError(f'{path} is cut short or damaged: {e}; fetch it again') from e
 
 
 def _setting(file: GGUFFile, key: str, default=None):
@@ -249,7 +327,7 @@ def llama_fields(file: GGUFFile) -> dict[str, Any]:
     raise ValueError(f'{file.path} lacks {len(missing)} tensors, {missing[0]} for one; it is not a whole Llama')
   shapes = _shapes(fields)
   for name in expected:
-    _check_type(file, name)
+    file.check_type(name)
     if file.shape(name) != (shape := shapes[name.split('.')[-2]]):
       raise ValueError(f'{file.path}: {name} has shape {file.shape(name)}, its metadata ask for {shape}')
   fields['rope_factors'] = _rope_factors(file, d_head)
@@ -285,7 +363,7 @@ def tokenizer(file: GGUFFile) -> transformers.PreTrainedTokenizerFast:
   """Returns the file's byte-level BPE, which cuts text into the tokens into which llama.cpp cuts it.
 
   Control tokens are special tokens, and text that spells one becomes it. The beginning-of-sequence token stands in
-  front where the file wants it and the caller asks for special tokens.
+  front where the file wants it and the caller asks for special tokens. A byte that has no token is left out.
 
   Raises:
     ValueError: the file has no tokenizer, or one of another model or with another way to cut text into words.
@@ -310,7 +388,10 @@ def tokenizer(file: GGUFFile) -> transformers.PreTrainedTokenizerFast:
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs, ignore_merges=pre == 'llama-bpe'))
   byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   splits = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated') for pattern in _SPLITS[pre]]
-  bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, byte_level])
+  # A byte without a token (SmolLM2 lacks a few control characters) gives none, nor do its neighbours merge across it.
+  absent = ''.join(re.escape(byte) for byte in byte_level.alphabet() if byte not in ids)
+  keep_apart = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(f'[{absent}]'), 'isolated')] if absent else []
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, byte_level, *keep_apart])
   bpe.decoder = tokenizers.decoders.ByteLevel()
   kinds = values.get('token_type', [1] * len(tokens))
   for token, kind in zip(tokens, kinds, strict=True):
