@@ -32,6 +32,7 @@ MODELS = {
     'num_key_value_heads': 1,
     'head_dim': 16,
     'tie_word_embeddings': True,
+    'max_position_embeddings': 64,
     # With this original context, one of the 8 frequencies is kept, one interpolated, and the others are divided by 8.
     'rope_parameters': {
       'rope_type': 'llama3',
@@ -48,7 +49,7 @@ MODELS = {
 def random_llama(**sizes) -> transformers.LlamaForCausalLM:
   """Returns a LlamaForCausalLM in which every parameter, norms too, is random and of consequence."""
   torch.manual_seed(0)
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON, **sizes)).eval()
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON | sizes)).eval()
   for name, parameter in model.named_parameters():
     torch.nn.init.normal_(parameter, mean='norm' in name, std=0.2)
   return model
