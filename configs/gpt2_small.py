@@ -1,6 +1,7 @@
 """GPT-2 small, layer 8, 32,768 latents, 32 of them active: the setting of Gao et al. 2024, for one accelerator.
 
-The embedded text is a start; give a corpus of your own with --config.text.source=corpus.jsonl.
+The embedded text is a start; give a corpus of your own with --config.text.source=corpus.jsonl, or one of the hub with
+--config.text.source=HuggingFaceFW/fineweb:sample-10BT --config.text.max_tokens=50_000_000.
 """
 
 import ml_collections
@@ -11,7 +12,17 @@ def get_config():
   config.seed = 0
   config.mesh = {'data': 1, 'model': 1}
   config.model = {'source': 'openai-community/gpt2'}  # from the hub, or a folder
-  config.text = {'source': 'embedded', 'window': 64}
+  config.text = {
+    'source': 'embedded',  # or .txt, .jsonl, .parquet files, their folder or glob, a Hugging Face dataset
+    'field': 'text',
+    'window': 64,
+    'boundaries': 'packed',  # or 'padded': no window holds two documents
+    'separator': 'eos',  # behind each document; or 'bos', 'none'
+    'prepend_bos': False,  # to every window
+    'shuffle': ml_collections.config_dict.placeholder(int),  # a seed
+    'max_tokens': 0,  # of the train split; 0: all
+    'near_duplicates': 0.0,  # or the similarity from which a window is left out, such as 0.8
+  }
   config.capture = {
     'sites': ('h.8.resid.post_mlp',),
     'n_tokens': 2_000_000,

@@ -8,7 +8,17 @@ def get_config():
   config.seed = 0
   config.mesh = {'data': 1, 'model': 1}
   config.model = {'source': 'embedded'}  # or 'trained' (what train.lm left), a folder, a hub id
-  config.text = {'source': 'embedded', 'window': 64}
+  config.text = {
+    'source': 'embedded',  # or .txt, .jsonl, .parquet files, their folder or glob, a Hugging Face dataset
+    'field': 'text',
+    'window': 64,
+    'boundaries': 'packed',  # or 'padded': no window holds two documents
+    'separator': 'eos',  # behind each document; or 'bos', 'none'
+    'prepend_bos': False,  # to every window
+    'shuffle': ml_collections.config_dict.placeholder(int),  # a seed
+    'max_tokens': 0,  # of the train split; 0: all
+    'near_duplicates': 0.0,  # or the similarity from which a window is left out, such as 0.8
+  }
   config.lm = {
     'n_layer': 4,
     'n_head': 6,

@@ -6,14 +6,16 @@ there, with the settings it was made with (config.json) and, once whole, an empt
 
 import dataclasses
 import errno
+import functools
 import hashlib
-import io
+import itertools
 import json
 import os
 import pathlib
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 
@@ -22,6 +24,7 @@ import ml_collections
 import numpy as np
 import tqdm
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from jax_interp import text
@@ -30,8 +33,17 @@ from models import pretrained, sharding
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; --config.sae.k=16 overrides a field.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/tiny', 'Where artefacts are read and left.')
 _TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where an error was raised, not only what it says.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, of several that run one command.')
+_N_PROCESSES = flags.DEFINE_integer('n_processes', None, 'How many processes there are; with --coordinator.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is, from 0; with --coordinator.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'Several processes, which JAX finds by itself: on TPU pods, under Slurm or Open MPI.'
+)
+_HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds after which a silent process is taken for dead.')
 
 TRAINED = 'trained'
+WINDOWS_AT_ONCE = 1024  # windows of text between two looks at the clock
+SAVE_SECONDS = 10  # between two saved positions in the text
 _stop = threading.Event()
 
 
@@ -44,9 +56,15 @@ def stopping() -> bool:
   return _stop.is_set()
 
 
-def main(run: Callable[[ml_collections.ConfigDict, pathlib.Path], None]):
-  """Runs a stage as a command: exits 0 when done or stopped with its work saved, 1 on bad input, which it names."""
-  app.run(lambda argv: sys.exit(_main(run, argv)), flags_parser=_parse_flags)
+def main(run: Callable[[ml_collections.ConfigDict, pathlib.Path], None], several_processes: bool = False):
+  """Runs a stage as a command: exits 0 when done or stopped with its work saved, 1 on bad input, which it names.
+
+  Args:
+    run: the stage.
+    several_processes: whether it can be run by several processes together, each started with the same flags and its
+      own --process. When one of them dies, JAX ends the others.
+  """
+  app.run(lambda argv: sys.exit(_main(run, argv, several_processes)), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv):
@@ -56,14 +74,35 @@ def _parse_flags(argv):
     if _CONFIG.value is None:
       raise ValueError('no config; give --config=configs/tiny.py or another file of configs/')
   except (AttributeError, KeyError) as e:
-    sys.exit(f'error: unknown config field {_sentence(e)}')
+    sys.exit(f'error: unknown config field {sentence(e)}')
   except (flags.Error, TypeError, ValueError, OSError) as e:
-    sys.exit(f'error: {_sentence(e)}')
+    sys.exit(f'error: {sentence(e)}')
   logging.set_verbosity(logging.WARNING)
   return rest
 
 
-def _main(run, argv) -> int:
+def _join(several_processes: bool):
+  explicit = [_COORDINATOR.value, _N_PROCESSES.value, _PROCESS.value]
+  given = [value is not None for value in explicit]
+  if not any(given) and not _DISTRIBUTED.value:
+    return
+  if not several_processes:
+    raise ValueError('this command runs in one process; leave out --coordinator, --n_processes and --process')
+  if any(given) and (not all(given) or _DISTRIBUTED.value or not 0 <= _PROCESS.value < _N_PROCESSES.value):
+    raise ValueError(
+      f'--coordinator={explicit[0]} --n_processes={explicit[1]} --process={explicit[2]} name no process of several; '
+      'give all three, the last from 0, or --distributed alone'
+    )
+  jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM from us
+  try:
+    jax.distributed.initialize(
+      *explicit, heartbeat_timeout_seconds=_HEARTBEAT.value, shutdown_timeout_seconds=_HEARTBEAT.value
+    )
+  except (ValueError, RuntimeError) as e:
+    raise ValueError(f'the processes do not find each other: {e}') from e
+
+
+def _main(run, argv, several_processes) -> int:
   if len(argv) > 1:
     print(
       f'error: unexpected arguments {argv[1:]}; flags are --config, --config.FIELD=VALUE and --workdir', file=sys.stderr
@@ -73,14 +112,15 @@ def _main(run, argv) -> int:
     signal.signal(number, _ask_to_stop)
   config = _CONFIG.value
   try:
+    _join(several_processes)
     jax.set_mesh(sharding.make_mesh(**config.mesh))
     run(config, pathlib.Path(_WORKDIR.value))
   except Stopped as e:
     print(f'stopped: {e}', file=sys.stderr)
-  except (ValueError, KeyError, OSError) as e:
+  except (ValueError, KeyError, OSError, ImportError) as e:
     if _TRACEBACK.value:
       traceback.print_exc()
-    print(f'error: {_sentence(e)}', file=sys.stderr)
+    print(f'error: {sentence(e)}', file=sys.stderr)
     return 1
   return 0
 
@@ -90,7 +130,8 @@ def _ask_to_stop(number, frame):
   signal.signal(number, signal.SIG_DFL)  # asked twice, it ends at once
 
 
-def _sentence(e: Exception) -> str:
+def sentence(e: Exception) -> str:
+  """Returns what an error says, on one line."""
   if isinstance(e, OSError) and e.errno == errno.ENOSPC:
     return f'no space left on the device ({e.filename or "while writing"}); make room and run the same command again'
   while isinstance(e, KeyError | AttributeError) and e.args:  # their str() is the repr of the message
@@ -117,6 +158,7 @@ def progress(iterable: Iterable | None, total: int, desc: str, unit: str, initia
     initial=initial,
     unit_scale=scale if scale != 1 else True,
     mininterval=interval,
+    disable=jax.process_index() > 0,  # one bar for all
   )
 
 
@@ -164,7 +206,7 @@ def claim(folder: pathlib.Path, settings: Mapping) -> bool:
   Raises:
     ValueError: the folder was made with other settings; the message names the first that differs.
   """
-  if folder.is_dir() and {path.name for path in folder.iterdir()} - {'config.json', 'config.json.partial'}:
+  if folder.is_dir() and {path.name for path in folder.iterdir()} - {'config.json', 'config.json.partial', 'lock'}:
     _check_settings(folder, settings)
   else:  # what is not there, or holds nothing yet, may be made with any settings
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,24 +294,126 @@ def windows(
   """Returns int32 [example, token] of a split, memory-mapped from workdir/text, where the first call writes it.
 
   A file's name holds a hash of everything it depends on but the text itself: the text is read once a workdir, so
-  that all stages see the same, whatever is installed later.
+  that all stages see the same, whatever is installed later. Stopped or killed, the writing goes on where it was. Of
+  several processes the first writes; one that does not see its files, for want of a shared disk, writes its own.
 
   Args:
-    config: reads config.text.source and config.text.window.
+    config: reads config.text: the arguments of `text.Windows`, and near_duplicates, the similarity from which a window
+      is left out because an earlier one is like it, held out behind train (0, the default: none is).
     workdir: where text/ is.
     tokenizer: of the subject model.
-    split: 'train' or 'held_out'.
-    n_tokens: the length of a window, config.text.window by default.
+    split: 'train' or 'held_out'. With max_tokens, both end at the same document.
+    n_tokens: to train a language model on: windows of this length, packed in the order of the text with eos behind each
+      document. Of config.text, only source, field and max_tokens apply.
   """
-  n_tokens = n_tokens or config.text.window
-  vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
-  key = hashlib.sha256(f'{config.text.source}|{n_tokens}|{vocab}'.encode()).hexdigest()[:12]
-  paths = {name: workdir / 'text' / f'{name}_{n_tokens}_{key}.npy' for name in text.SPLITS}
-  if not all(path.exists() for path in paths.values()):
-    print(f'reading the text {config.text.source!r}')
-    for name, documents in text.documents(config.text.source).items():
-      content = io.BytesIO()
-      np.save(content, text.windows(documents, tokenizer, n_tokens))
-      paths[name].parent.mkdir(parents=True, exist_ok=True)
-      _write(paths[name], content.getbuffer())
+  settings = config.text.to_dict()
+  if n_tokens:
+    settings = {name: settings[name] for name in ('source', 'field', 'max_tokens') if name in settings}
+    settings['window'] = n_tokens
+  vocab = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+  key = hashlib.sha256(json.dumps([settings, vocab], sort_keys=True).encode()).hexdigest()[:12]
+  paths = {name: workdir / 'text' / f'{name}_{settings["window"]}_{key}.npy' for name in text.SPLITS}
+  missing = lambda: not all(path.exists() for path in paths.values())
+  try:
+    if missing() and jax.process_index() == 0:
+      _make_windows(paths, tokenizer, **settings)
+  finally:
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'windows {key}')
+  if missing():
+    _make_windows(paths, tokenizer, **settings)
   return np.load(paths[split], mmap_mode='r')
+
+
+def _make_windows(
+  paths: Mapping[str, pathlib.Path], tokenizer, *, source: str, near_duplicates: float = 0.0, **settings
+):
+  print(f'reading the text {source!r}')
+  text.check_similarity(near_duplicates)
+  make = functools.partial(text.Windows, source, tokenizer, **settings)
+  raw = {split: path.with_suffix(f'.{jax.process_index()}.partial') for split, path in paths.items()}
+  if not any(_position_path(path).exists() for path in raw.values()):
+    for split in text.SPLITS:
+      next(make(split))  # bad text and settings are told before there is work to lose
+  n_documents = 0
+  for split, path in paths.items():
+    last = _gather(path, raw[split], functools.partial(make, split, max_documents=n_documents), f'text, {split}')
+    n_documents = last['documents'] + 1 if settings.get('max_tokens') else 0
+  written = raw
+  if near_duplicates:
+    written = {split: path.with_suffix('.kept') for split, path in raw.items()}
+    _drop_near_copies(raw, written, near_duplicates)
+  for split, path in paths.items():
+    if written[split].exists():  # else it was renamed before a kill
+      os.replace(written[split], path)
+  for path in raw.values():
+    path.unlink(missing_ok=True)
+    _position_path(path).unlink(missing_ok=True)
+
+
+def _position_path(raw: pathlib.Path) -> pathlib.Path:
+  return raw.with_suffix('.position')
+
+
+def _gather(path: pathlib.Path, raw: pathlib.Path, make: Callable[..., text.Windows], desc: str) -> dict:
+  """Writes a stream of windows to `raw`, from where an earlier call ended; returns the stream's last position."""
+  stream = make()
+  position, done = stream.position(), False
+  bytes_of = lambda position: 4 * stream.window * position['windows']
+  if _position_path(raw).exists():
+    saved = json.loads(_position_path(raw).read_text('utf-8'))
+    same = saved['position']['of'] == position['of']
+    if same and saved['done'] and (raw.exists() or path.exists()):
+      return saved['position']
+    if same and raw.exists() and raw.stat().st_size > bytes_of(saved['position']):
+      position = saved['position']
+      stream = make(position=position)
+    else:
+      print(f'{raw} is of another text or damaged; it is written anew')
+  raw.parent.mkdir(parents=True, exist_ok=True)
+  raw.touch()
+  bar = progress(None, stream.max_tokens or None, desc, 'tokens', initial=position['windows'] * stream.window)
+  with open(raw, 'r+b') as file, bar:
+    _write_header(file, position['windows'], stream.window)
+    file.truncate(file.tell() + bytes_of(position))
+    file.seek(0, os.SEEK_END)
+    saved_at = time.monotonic()
+    while not done:
+      found = list(itertools.islice(stream, WINDOWS_AT_ONCE))
+      file.write(np.array(found, np.int32).tobytes())
+      bar.update(len(found) * stream.window)
+      done, stop = len(found) < WINDOWS_AT_ONCE, stopping()
+      if done or stop or time.monotonic() > saved_at + SAVE_SECONDS:
+        position, saved_at = stream.position(), time.monotonic()
+        _write_header(file, position['windows'], stream.window)
+        file.flush()
+        os.fsync(file.fileno())
+        _write(_position_path(raw), json.dumps({'done': done, 'position': position}).encode())
+      if stop and not done:
+        raise Stopped(f'{position["windows"]} windows of text are saved in {raw}; run the same command to go on')
+  return position
+
+
+def _write_header(file, n_windows: int, n_tokens: int):
+  """Writes the head of a .npy file, of one length for any number of windows (NumPy pads it), and goes to the end."""
+  file.seek(0)
+  np.lib.format.write_array_header_1_0(
+    file, {'descr': np.dtype(np.int32).str, 'fortran_order': False, 'shape': (n_windows, n_tokens)}
+  )
+
+
+def _drop_near_copies(raw: Mapping[str, pathlib.Path], written: Mapping[str, pathlib.Path], similarity: float):
+  windows = {split: np.load(path, mmap_mode='r') for split, path in raw.items()}
+  distinct = text.distinct(list(windows.values()), similarity)
+  for split, kept_e in zip(windows, distinct, strict=True):
+    windows_et, n_kept = windows[split], int(kept_e.sum())
+    print(f'{split}: {len(kept_e) - n_kept} of {len(kept_e)} windows are near copies of earlier ones and left out')
+    if not n_kept:
+      raise ValueError(f'near_duplicates {similarity} leaves no {split} window; raise it, or give more text')
+    with open(written[split], 'wb') as file:
+      _write_header(file, n_kept, windows_et.shape[1])
+      for start in range(0, len(windows_et), WINDOWS_AT_ONCE):
+        part = slice(start, start + WINDOWS_AT_ONCE)
+        file.write(windows_et[part][kept_e[part]].tobytes())
+      file.flush()
+      os.fsync(file.fileno())

@@ -8,6 +8,7 @@ other stages use it when config.model.source is 'trained'.
 import functools
 import json
 import time
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from train import command
 BIGRAM_ADDED = 1.0  # pseudo-counts spread over the vocabulary by the unigram distribution
 EVAL_BATCH = 32  # windows a shard of the data axis
 EVAL_EXAMPLES = 256  # for the held-out loss during training
+TOKENIZER_CHARACTERS = 10**8  # of text that a tokenizer is trained on at most: more hardly changes it
 
 
 class TrainState(NamedTuple):
@@ -39,6 +41,16 @@ def train_tokenizer(texts, n_vocab: int) -> tokenizers.Tokenizer:
   bpe = tokenizers.ByteLevelBPETokenizer()
   bpe.train_from_iterator(texts, n_vocab, min_frequency=2, special_tokens=[pretrained.END_OF_TEXT], show_progress=False)
   return bpe._tokenizer
+
+
+def _first_characters(documents: Iterable[str]) -> Iterator[str]:
+  """Yields documents until they are TOKENIZER_CHARACTERS or more."""
+  n_characters = 0
+  for document in documents:
+    yield document
+    n_characters += len(document)
+    if n_characters >= TOKENIZER_CHARACTERS:
+      return
 
 
 def next_token_losses(model: gpt2.GPT2, tokens_bt: jax.Array) -> jax.Array:
@@ -159,12 +171,14 @@ def run(config, workdir):
       'configs/tiny.py, or choose another model.source'
     )
   folder = workdir / 'lm'
-  if command.claim(folder, {'lm': config.lm, 'text': config.text.source, 'seed': config.seed}):
+  source, field = config.text.source, config.text.get('field', 'text')
+  settings = {'lm': config.lm, 'text': source, 'field': field, 'max_tokens': config.text.get('max_tokens', 0)}
+  if command.claim(folder, settings | {'seed': config.seed}):
     return
   lm = config.lm
   model_config = gpt2.GPT2Config(lm.n_layer, lm.n_head, lm.d_model, lm.n_ctx, lm.n_vocab)
   if not (folder / 'model' / 'tokenizer.json').exists():
-    bpe = train_tokenizer(text.documents(config.text.source)['train'], lm.n_vocab)
+    bpe = train_tokenizer(_first_characters(text.documents(source, 'train', field)), lm.n_vocab)
     store.write_lines(folder / 'model' / 'tokenizer.json', [bpe.to_str(pretty=True)])
   tokenizer = pretrained.load_tokenizer(str(folder / 'model'))
   train_et, held_out_et = (command.windows(config, workdir, tokenizer, split, lm.n_ctx) for split in text.SPLITS)
