@@ -309,8 +309,8 @@ def documents(source: str, split: str = 'train', field: str = 'text') -> Iterato
     raise ValueError(_no_text(source, split))
 
 
-def _no_text(source, split):
-  return f'{source} holds no text for the split {split!r}; give a longer text'
+def _no_text(source, split, way_out='give a longer text'):
+  return f'{source} holds no text for the split {split!r}; {way_out}'
 
 
 # Windows
@@ -416,7 +416,10 @@ class Windows:
       if position['of'] != self._of:
         raise ValueError('the position belongs to another source, or to other settings; begin without it')
       self._n, self._place = position['windows'], _Place(**{key: position[key] for key in _Place._fields})
-    self._empty = _no_text(source, split)
+    self._way_out = 'give a longer text'
+    if max_documents:
+      self._way_out = f'read more than {max_documents} documents of it, to a larger max_tokens'
+    self._empty = _no_text(source, split, self._way_out)
     self.window, self.max_tokens = window, max_tokens
     self._split, self._tokenizer = split, tokenizer
     self._first = np.array([special['bos']] if prepend_bos else [], np.int32)
@@ -437,7 +440,7 @@ class Windows:
       if self._n:
         raise
       few = f'the {self._split} text has {self._n_tokens} tokens, fewer than one window of {self.window}'
-      raise ValueError(f'{few}; give a longer text' if self._n_tokens else self._empty) from None
+      raise ValueError(f'{few}; {self._way_out}' if self._n_tokens else self._empty) from None
     self._n += 1
     return window_t
 

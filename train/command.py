@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -359,13 +360,14 @@ def _gather(path: pathlib.Path, raw: pathlib.Path, make: Callable[..., text.Wind
   """Writes a stream of windows to `raw`, from where an earlier call ended; returns the stream's last position."""
   stream = make()
   position, done = stream.position(), False
-  bytes_of = lambda position: 4 * stream.window * position['windows']
+  header = lambda position: _npy_header(position['windows'], stream.window)
+  size = lambda position: len(header(position)) + 4 * stream.window * position['windows']
   if _position_path(raw).exists():
     saved = json.loads(_position_path(raw).read_text('utf-8'))
     same = saved['position']['of'] == position['of']
     if same and saved['done'] and (raw.exists() or path.exists()):
       return saved['position']
-    if same and raw.exists() and raw.stat().st_size > bytes_of(saved['position']):
+    if same and raw.exists() and raw.stat().st_size >= size(saved['position']):
       position = saved['position']
       stream = make(position=position)
     else:
@@ -374,8 +376,8 @@ def _gather(path: pathlib.Path, raw: pathlib.Path, make: Callable[..., text.Wind
   raw.touch()
   bar = progress(None, stream.max_tokens or None, desc, 'tokens', initial=position['windows'] * stream.window)
   with open(raw, 'r+b') as file, bar:
-    _write_header(file, position['windows'], stream.window)
-    file.truncate(file.tell() + bytes_of(position))
+    file.write(header(position))
+    file.truncate(size(position))
     file.seek(0, os.SEEK_END)
     saved_at = time.monotonic()
     while not done:
@@ -385,7 +387,9 @@ def _gather(path: pathlib.Path, raw: pathlib.Path, make: Callable[..., text.Wind
       done, stop = len(found) < WINDOWS_AT_ONCE, stopping()
       if done or stop or time.monotonic() > saved_at + SAVE_SECONDS:
         position, saved_at = stream.position(), time.monotonic()
-        _write_header(file, position['windows'], stream.window)
+        file.seek(0)
+        file.write(header(position))
+        file.seek(0, os.SEEK_END)
         file.flush()
         os.fsync(file.fileno())
         _write(_position_path(raw), json.dumps({'done': done, 'position': position}).encode())
@@ -394,12 +398,12 @@ def _gather(path: pathlib.Path, raw: pathlib.Path, make: Callable[..., text.Wind
   return position
 
 
-def _write_header(file, n_windows: int, n_tokens: int):
-  """Writes the head of a .npy file, of one length for any number of windows (NumPy pads it), and goes to the end."""
-  file.seek(0)
-  np.lib.format.write_array_header_1_0(
-    file, {'descr': np.dtype(np.int32).str, 'fortran_order': False, 'shape': (n_windows, n_tokens)}
-  )
+def _npy_header(n_windows: int, n_tokens: int) -> bytes:
+  """Returns the head of a .npy file of int32 windows; NumPy pads it, so that it is as long for any number of them."""
+  header = {'descr': np.dtype(np.int32).str, 'fortran_order': False, 'shape': (n_windows, n_tokens)}
+  content = io.BytesIO()
+  np.lib.format.write_array_header_1_0(content, header)
+  return content.getvalue()
 
 
 def _drop_near_copies(raw: Mapping[str, pathlib.Path], written: Mapping[str, pathlib.Path], similarity: float):
@@ -411,7 +415,7 @@ def _drop_near_copies(raw: Mapping[str, pathlib.Path], written: Mapping[str, pat
     if not n_kept:
       raise ValueError(f'near_duplicates {similarity} leaves no {split} window; raise it, or give more text')
     with open(written[split], 'wb') as file:
-      _write_header(file, n_kept, windows_et.shape[1])
+      file.write(_npy_header(n_kept, windows_et.shape[1]))
       for start in range(0, len(windows_et), WINDOWS_AT_ONCE):
         part = slice(start, start + WINDOWS_AT_ONCE)
         file.write(windows_et[part][kept_e[part]].tobytes())
