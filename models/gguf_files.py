@@ -226,13 +226,14 @@ def open_file(path: str | pathlib.Path) -> GGUFFile:
     raise ValueError(f'{path} is cut short or damaged: {e}; fetch it again') from e
 
 
-def _setting(file: GGUFFile, key: str, default=None):
+def _setting(file: GGUFFile, key: str, default=None, kinds=int):
   """Returns the number `llama.<key>`, which must be there unless there is a default."""
   value = file.metadata.get(f'llama.{key}', default)
   if value is None:
     raise ValueError(f'{file.path} lacks llama.{key}; it is not a whole Llama')
-  if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-    raise ValueError(f'{file.path}: llama.{key} is {value!r}; our Llama needs one number above 0 for all layers')
+  if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+    expected = 'a whole number' if kinds is int else 'a number'
+    raise ValueError(f'{file.path}: llama.{key} is {value!r}; our Llama needs {expected} above 0, one for all layers')
   return value
 
 
@@ -242,7 +243,7 @@ def _rope_factors(file: GGUFFile, d_head: int) -> np.ndarray | None:
     raise ValueError(f'{file.path}: llama.rope.scaling.type is {scaling!r}; supported: none, linear')
   factors = np.ones(d_head // 2, np.float32)
   if scaling == 'linear':
-    factors *= _setting(file, 'rope.scaling.factor')
+    factors *= _setting(file, 'rope.scaling.factor', kinds=(int, float))
   if _ROPE_FACTORS in file.names:
     if file.shape(_ROPE_FACTORS) != factors.shape:
       raise ValueError(
@@ -252,8 +253,11 @@ def _rope_factors(file: GGUFFile, d_head: int) -> np.ndarray | None:
   return None if (factors == 1).all() else factors
 
 
-def _their_names(n_layer: int, tied: bool) -> dict[str, str]:
+def _their_names(file: GGUFFile) -> dict[str, str]:
   """Returns the tensors that a Llama has: name as `transformers` has it -> name in the file."""
+  n_layer, tied = _setting(file, 'block_count'), 'output.weight' not in file.names
+  if n_layer > len(file.names):  # before so many names are made
+    raise ValueError(f'{file.path} has {len(file.names)} tensors for {n_layer} layers; it is not a whole Llama')
   names = {}
   for ours, theirs in _THEIR_NAMES.items():
     for i in range(n_layer) if '{i}' in ours else range(1):
@@ -316,11 +320,11 @@ def llama_fields(file: GGUFFile) -> dict[str, Any]:
     raise ValueError(
       f'{file.path}: n_head {n_head} must be a multiple of n_kv_head {fields["n_kv_head"]}, d_head {d_head} even'
     )
-  fields['rope_theta'] = float(_setting(file, 'rope.freq_base', 10000.0))
-  fields['norm_eps'] = float(_setting(file, 'attention.layer_norm_rms_epsilon'))
+  fields['rope_theta'] = float(_setting(file, 'rope.freq_base', 10000.0, (int, float)))
+  fields['norm_eps'] = float(_setting(file, 'attention.layer_norm_rms_epsilon', kinds=(int, float)))
   fields['tied'] = 'output.weight' not in file.names
 
-  expected = list(_their_names(fields['n_layer'], fields['tied']).values())
+  expected = list(_their_names(file).values())
   if unknown := sorted(set(file.names) - {*expected, _ROPE_FACTORS}):
     raise ValueError(f'{file.path} has {len(unknown)} tensors that our Llama does not have, {unknown[0]} for one')
   if missing := [name for name in expected if name not in file.names]:
@@ -336,7 +340,7 @@ def llama_fields(file: GGUFFile) -> dict[str, Any]:
 
 def llama_names(file: GGUFFile) -> list[str]:
   """Returns the names of a Llama's tensors as `transformers` has them, `model.layers.3.mlp.up_proj.weight` for one."""
-  return list(_their_names(_setting(file, 'block_count'), 'output.weight' not in file.names))
+  return list(_their_names(file))
 
 
 def llama_tensor(file: GGUFFile, name: str) -> np.ndarray:
@@ -349,7 +353,7 @@ def llama_tensor(file: GGUFFile, name: str) -> np.ndarray:
     KeyError: the name is none of llama_names.
     ValueError: its type is not supported.
   """
-  tensor = file.tensor(_their_names(_setting(file, 'block_count'), 'output.weight' not in file.names)[name])
+  tensor = file.tensor(_their_names(file)[name])
   if not re.search(r'self_attn\.[qk]_proj', name):
     return tensor
   n_head = _setting(file, 'attention.head_count')
