@@ -69,6 +69,7 @@ _SPLITS = {  # tokenizer.ggml.pre -> the patterns by which llama.cpp cuts text b
 }
 _STRING, _ARRAY = 8, 9  # kinds of a value in the metadata
 _NUMBERS = {0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?', 10: '<u8', 11: '<i8', 12: '<f8'}
+_NAMED_TOKENS = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}  # of transformers -> in the file
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
 
@@ -385,9 +386,18 @@ def tokenizer(file: GGUFFile) -> transformers.PreTrainedTokenizerFast:
     raise ValueError(f'{file.path}: tokenizer.ggml.pre is {pre!r}; supported: {", ".join(_SPLITS)}; {way_out}')
   tokens = values['tokens']
   ids = {token: i for i, token in enumerate(tokens)}
-  pairs = [(merge[: (cut := merge.index(' ', 1))], merge[cut + 1 :]) for merge in values.get('merges', [])]
-  if len(ids) != len(tokens) or not all({left, right, left + right} <= ids.keys() for left, right in pairs):
-    raise ValueError(f'{file.path}: its tokens are not distinct, or its merges are not of its tokens; {way_out}')
+  pairs = [tuple(merge.split(' ', 1)) for merge in values.get('merges', [])]
+  kinds = values.get('token_type', [1] * len(tokens))
+  if len(ids) != len(tokens) or len(kinds) != len(tokens):
+    raise ValueError(f'{file.path}: its {len(tokens)} tokens are not distinct, or not each of a type; {way_out}')
+  named = {}
+  for ours, theirs in _NAMED_TOKENS.items():
+    if (i := values.get(f'{theirs}_token_id')) is not None:
+      if i >= len(tokens):
+        raise ValueError(f'{file.path}: {theirs}_token_id is {i}, of {len(tokens)} tokens; {way_out}')
+      named[f'{ours}_token'] = tokens[i]
+  if not all(len(pair) == 2 and {*pair, ''.join(pair)} <= ids.keys() for pair in pairs):
+    raise ValueError(f'{file.path}: its merges are not of its tokens; {way_out}')
 
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs, ignore_merges=pre == 'llama-bpe'))
   byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -397,16 +407,11 @@ def tokenizer(file: GGUFFile) -> transformers.PreTrainedTokenizerFast:
   keep_apart = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(f'[{absent}]'), 'isolated')] if absent else []
   bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, byte_level, *keep_apart])
   bpe.decoder = tokenizers.decoders.ByteLevel()
-  kinds = values.get('token_type', [1] * len(tokens))
   for token, kind in zip(tokens, kinds, strict=True):
     if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
       added = tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
       (bpe.add_tokens if kind == _USER_DEFINED else bpe.add_special_tokens)([added])
 
-  named = {}
-  for ours, theirs in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
-    if (i := values.get(f'{theirs}_token_id')) is not None:
-      named[f'{ours}_token'] = tokens[i]
   if values.get('add_bos_token', pre == 'llama-bpe') and 'bos_token' in named:
     bos = named['bos_token']
     bpe.post_processor = tokenizers.processors.TemplateProcessing(

@@ -448,8 +448,11 @@ def test_llama_3_takes_whole_words_and_a_beginning(tmp_path):
     ),
     ({'tokenizer_pre': 'qwen2'}, r"pre is 'qwen2'; supported: gpt-2, smollm, llama-bpe, default; put the model's"),
     ({'token_list': None}, r'has no tokenizer; put the model'),
+    ({'token_types': [3, 4]}, r'its \d+ tokens are not distinct, or not each of a type'),
+    ({'eos_token_id': 5000}, r'eos_token_id is 5000, of \d+ tokens'),
+    ({'token_merges': ['zz']}, 'its merges are not of its tokens'),
     ({'token_merges': ['zz zz']}, 'its merges are not of its tokens'),
-    ({'token_list': ['a', 'a'], 'token_types': [1, 1]}, 'its tokens are not distinct'),
+    ({'token_list': ['a', 'a'], 'token_types': [1, 1]}, 'its 2 tokens are not distinct'),
   ],
 )
 def test_a_tokenizer_that_is_not_known_raises(tmp_path, changes, message):
