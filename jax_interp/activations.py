@@ -2,68 +2,181 @@
 
 Takes a model and token windows [example, token]; gives {site: [batch, token, ...]} batch by batch, or an endless stream
 of shuffled rows [batch_size, d] that reads from a store and from the live model alike. `e` in a name is an example.
+Several processes capture together, each its own examples, on one mesh.
 """
 
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
 import functools
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_interp import text
 from models import sharding, sites
 
-BLOCK = 4  # examples that are read together, and a store's chunk: 0.8 MB for GPT-2 small in bfloat16
+BLOCK = 4  # examples that are read together, and a store's chunk: 0.4 MB for GPT-2 small in bfloat16, 64 tokens
 
 
 @functools.partial(jax.jit, static_argnames=('names', 'dtype'))
-def capture(model, tokens_bt: jax.Array, names: tuple[str, ...], dtype: str = 'float32') -> dict[str, jax.Array]:
-  """Returns {site: activation [batch, token, ...]} in `dtype`; layers after the last of the sites are not computed.
+def capture(
+  model, tokens_bt: jax.Array, names: tuple[str, ...], dtype: str = 'float32'
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns {site: activation [batch, token, ...]} in `dtype`, and {site: int32 [batch], how many are not finite}.
+
+  Layers after the last of the sites are not computed. Only the batch is cut over devices: where an example's tokens
+  are, all of its activations are.
 
   Raises:
     KeyError: a name or glob matches no site.
   """
-  acts = sites.forward(model, tokens_bt, capture=names)[1]
-  return {site: x.astype(jnp.dtype(dtype)) for site, x in acts.items()}
+  found = sites.forward(model, tokens_bt, capture=names)[1]
+  by_example = lambda x: jax.lax.with_sharding_constraint(x, sharding.spec('batch'))
+  acts = {site: by_example(x.astype(jnp.dtype(dtype))) for site, x in found.items()}
+  bad = {site: by_example((~jnp.isfinite(x)).sum(range(1, x.ndim), jnp.int32)) for site, x in acts.items()}
+  return acts, bad
+
+
+@dataclasses.dataclass
+class Meter:
+  """What a stream counts: batches, the floating-point operations of one, and seconds, of which some were waiting.
+
+  Attributes:
+    flops: of a batch on all devices, as XLA counts them for the compiled capture; NaN where it does not.
+    batches: dispatched so far.
+    waiting: seconds waited, by cause: 'text' and 'device' here, more by who uses the stream.
+    started: when the first batch was dispatched, compiled by then; None before.
+  """
+
+  flops: float = math.nan
+  batches: int = 0
+  waiting: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  started: float | None = None
+
+  @contextlib.contextmanager
+  def wait(self, cause: str) -> Iterator[None]:
+    """Adds the time inside to `waiting`."""
+    began = time.perf_counter()
+    yield
+    self.waiting[cause] += time.perf_counter() - began
+
+  @property
+  def seconds(self) -> float:
+    """Time since the first batch."""
+    return 0.0 if self.started is None else time.perf_counter() - self.started
+
+
+def local_batch(batch_size: int) -> int:
+  """Returns how many examples of a batch are this process's: the data axis of the mesh is cut over the processes.
+
+  Raises:
+    ValueError: the data axis does not divide batch_size, or the processes do not hold whole rows of it, each as many.
+  """
+  sharding.check_divides('batch_size', batch_size, 'data')
+  n_processes, devices = jax.process_count(), jax.sharding.get_mesh().devices
+  owners = [{device.process_index for device in row} for row in devices]
+  n_rows = collections.Counter(min(row) for row in owners)
+  if max(map(len, owners)) > 1 or len(n_rows) < n_processes or len(set(n_rows.values())) > 1:
+    raise ValueError(
+      f'a mesh of {"x".join(map(str, devices.shape))} does not give each of {n_processes} processes as many whole rows '
+      'of the data axis; choose mesh.data x mesh.model as all devices, mesh.model within the devices of a process'
+    )
+  return batch_size // n_processes
 
 
 def stream(
-  model, windows_et: np.ndarray, names: tuple[str, ...], batch_size: int, start: int = 0, dtype: str = 'float32'
+  model,
+  windows_et: np.ndarray,
+  names: tuple[str, ...],
+  batch_size: int,
+  firsts: Sequence[int] | None = None,
+  dtype: str = 'float32',
+  meter: Meter | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-  """Yields (index of the first example, {site: activation [b, token, ...]}) over the windows in order.
+  """Yields (index of the first example, {site: activation [b, token, ...]}), in order.
 
-  The device computes the next batch while the host copies and uses this one.
+  The device computes the next batch while the host copies and uses this one. Padding (`text.PAD`) is computed as token
+  0, which no token before it sees.
 
   Args:
     model: as for `sites.forward`, on the ambient mesh.
     windows_et: int32 token ids.
     names: site names or globs.
-    batch_size: examples a batch, cut over the data axis; the last batch is padded on the device only.
-    start: example to begin with.
+    batch_size: examples a batch of all processes, cut over the data axis; a process's share is `local_batch` of them.
+    firsts: where each batch of this process begins, by default every `local_batch` examples; what is past the last
+      example is computed and dropped. All processes give as many, of their own.
     dtype: 'float32' or 'bfloat16'.
+    meter: counts.
 
   Raises:
-    ValueError: the data axis does not divide batch_size.
+    ValueError: the mesh does not divide batch_size, see `local_batch`; a token is outside the vocabulary; an activation
+      is not finite.
     KeyError: a name matches no site.
   """
-  sharding.check_divides('batch_size', batch_size, 'data')
+  n, meter = local_batch(batch_size), meter or Meter()
+  by_example = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec('batch'))
 
-  def fetch(first, n, acts):
-    return first, {site: np.asarray(x)[:n] for site, x in acts.items()}
+  def dispatch(first):
+    with meter.wait('text'):
+      tokens_bt = _checked(model, windows_et[first : first + n], first)
+      padded_bt = np.pad(tokens_bt, ((0, n - len(tokens_bt)), (0, 0)))
+    placed_bt = jax.make_array_from_process_local_data(by_example, padded_bt, (batch_size, padded_bt.shape[1]))
+    if meter.started is None:
+      compiled = capture.lower(model, placed_bt, names, dtype).compile()  # the call below finds it compiled
+      cost = compiled.cost_analysis() or {}  # of one device
+      meter.flops = cost.get('flops', math.nan) * by_example.mesh.size
+      meter.started = time.perf_counter()
+    meter.batches += 1
+    found = jax.tree.map(_local_parts, capture(model, placed_bt, names, dtype))
+    return first, len(tokens_bt), *found
+
+  def fetch(first, n, acts, bad):
+    with meter.wait('device'):
+      acts, bad = ({site: _joined(parts)[:n] for site, parts in found.items()} for found in (acts, bad))
+    for site, bad_b in bad.items():
+      if bad_b.any():
+        raise ValueError(
+          f'{site} has {bad_b.sum()} activations that are not finite in the batch from example {first} on, first '
+          f'in example {first + bad_b.nonzero()[0][0]}; look at the weights of the model'
+        )
+    return first, acts
 
   dispatched = None
-  for first in range(start, len(windows_et), batch_size):
-    tokens_bt = windows_et[first : first + batch_size]
-    padded_bt = np.pad(tokens_bt, ((0, batch_size - len(tokens_bt)), (0, 0)))
-    acts = capture(model, sharding.place(padded_bt, 'batch token'), names, dtype)
-    for x in acts.values():
-      x.copy_to_host_async()
+  for first in range(0, len(windows_et), n) if firsts is None else firsts:
+    next_one = dispatch(first)
     if dispatched:
       yield fetch(*dispatched)
-    dispatched = first, len(tokens_bt), acts
+    dispatched = next_one
   if dispatched:
     yield fetch(*dispatched)
+
+
+def _checked(model, tokens_bt, first):
+  tokens_bt = np.where(tokens_bt == text.PAD, 0, tokens_bt)
+  try:
+    sites.check_tokens(model, tokens_bt)
+  except ValueError as e:
+    raise ValueError(f'in the batch from example {first} on, {e}') from e
+  return tokens_bt
+
+
+def _local_parts(x: jax.Array) -> list[jax.Array]:
+  """Returns the parts of an array that is cut over its first axis that are here, in order, on their way to the host."""
+  parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}  # equal ones once
+  for part in parts.values():
+    part.copy_to_host_async()
+  return [parts[start] for start in sorted(parts)]
+
+
+def _joined(parts: Sequence[jax.Array]) -> np.ndarray:
+  return np.asarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
 
 
 def width(site: str, shape: Sequence[int]) -> int:
@@ -81,65 +194,97 @@ def width(site: str, shape: Sequence[int]) -> int:
 
 def live_reader(
   model, windows_et: np.ndarray, site: str, batch_size: int = 32, dtype: str = 'float32'
-) -> Callable[[np.ndarray], np.ndarray]:
-  """Returns `read(examples)`: int [n] -> activations [n, token, d] of one site, computed anew each time.
+) -> Callable[..., np.ndarray]:
+  """Returns `read(examples, out=None)`: int [n] -> activations [n, token, d] of one site, computed anew each time.
+
+  It may be called from any thread.
 
   Raises:
     ValueError: the site's activations are not [example, token, d]: see `width`.
   """
-  tokens_et = jax.ShapeDtypeStruct(windows_et.shape, jnp.int32)
+  tokens_et, mesh = jax.ShapeDtypeStruct(windows_et.shape, jnp.int32), jax.sharding.get_mesh()
   width(site, sites.site_shapes(model, tokens_et, (site,))[site].shape)
 
-  def read(examples):
-    batches = stream(model, windows_et[examples], (site,), batch_size, dtype=dtype)
-    return np.concatenate([acts[site] for _, acts in batches])
+  def read(examples, out=None):
+    with jax.set_mesh(mesh):  # which is a thread's own
+      batches = stream(model, windows_et[examples], (site,), batch_size, dtype=dtype)
+      return np.concatenate([acts[site] for _, acts in batches], out=out)
 
   return read
 
 
 def shuffled_batches(
-  read: Callable[[np.ndarray], np.ndarray],
-  n_examples: int,
-  n_tokens: int,
+  read: Callable[..., np.ndarray],
+  keep_et: np.ndarray,
   batch_size: int,
   buffer_examples: int,
   seed: int,
   start_step: int = 0,
 ) -> Iterator[np.ndarray]:
-  """Yields shuffled activations [batch_size, d] without end; every token's row comes exactly once an epoch.
+  """Yields shuffled activations [batch_size, d] without end; the row of every token to keep comes once an epoch.
 
-  Each epoch permutes blocks of BLOCK neighbouring examples, fills a buffer with the next of them and permutes its rows.
-  A batch is a function of the seed and its number: a checkpoint need keep no more than the step, and resuming rereads
-  one buffer.
+  Each epoch permutes blocks of BLOCK neighbouring examples, fills a buffer with the next of them and permutes its rows;
+  the next buffer is read meanwhile, so that two are in memory. A batch is a function of the seed and its number: a
+  checkpoint need keep no more than the step, and resuming rereads one buffer.
 
   Args:
-    read: int [n], ascending -> activations [n, n_tokens, d]; `ActivationStore.reader(site)` or `live_reader`.
-    n_examples: examples an epoch.
-    n_tokens: tokens an example.
+    read: (int [n], ascending, out=None) -> activations [n, token, d], written to `out` where it is given, called from
+      another thread; `ActivationStore.reader(site)` or `live_reader`.
+    keep_et: bool [example, token]: which tokens are wanted; `ActivationStore.keep()` or `text.kept`.
     batch_size: rows a batch; a batch may end one epoch and begin the next.
-    buffer_examples: examples that are in memory, and mixed, at a time.
+    buffer_examples: examples that are mixed at a time.
     seed: of both permutations.
     start_step: the first batch to yield.
+
+  Raises:
+    ValueError: no token is to be kept.
   """
-  fills = -(-n_examples // buffer_examples)
-  epochs_done, row = divmod(start_step * batch_size, n_examples * n_tokens)
-  fills_done, row = divmod(row, buffer_examples * n_tokens)
-  pieces, wanted = [], batch_size
-  for i in itertools.count(epochs_done * fills + fills_done):
-    epoch, fill = divmod(i, fills)
-    order = _block_order(n_examples, np.random.default_rng((seed, epoch, 0)))
-    examples = np.sort(order[fill * buffer_examples : (fill + 1) * buffer_examples])
-    acts_etd = read(examples)
-    rows = acts_etd.reshape(-1, *acts_etd.shape[2:])
+  kept_e = keep_et.sum(1)
+  if not kept_e.any():
+    raise ValueError(f'all {keep_et.size} tokens are padding or special, so none is left; give other text')
+  n_examples, fills = len(keep_et), -(-len(keep_et) // buffer_examples)
+  buffers = [np.empty(0), np.empty(0)]
+
+  def examples_of(epoch):
+    return _block_order(n_examples, np.random.default_rng((seed, epoch, 0)))
+
+  def load(number, examples):
+    """Returns rows [n, d] of a fill and the order to take the kept ones in."""
+    epoch, fill = divmod(number, fills)
+    examples = np.sort(examples[fill * buffer_examples : (fill + 1) * buffer_examples])
+    buffer = buffers[number % 2]
+    acts_etd = read(examples, buffer[: len(examples)] if len(buffer) >= len(examples) else None)
+    if len(buffer) < len(examples):
+      buffers[number % 2] = acts_etd
+    rows = np.flatnonzero(keep_et[examples])
     order = np.random.default_rng((seed, epoch, 1 + fill)).permutation(len(rows))
-    while row < len(rows):
-      pieces.append(rows[order[row : row + wanted]])
-      row += wanted
-      wanted -= len(pieces[-1])
-      if not wanted:
-        yield np.concatenate(pieces)
-        pieces, wanted = [], batch_size
-    row = 0
+    return acts_etd.reshape(-1, *acts_etd.shape[2:]), rows[order]
+
+  epoch, row = divmod(start_step * batch_size, kept_e.sum())
+  order = examples_of(epoch)
+  ends = np.cumsum(np.add.reduceat(kept_e[order], np.arange(0, n_examples, buffer_examples)))
+  fill = np.searchsorted(ends, row, 'right')
+  row -= ends[fill - 1] if fill else 0
+  batch_bd, filled = None, 0
+  with concurrent.futures.ThreadPoolExecutor(1) as reader:
+    first = epoch * fills + fill
+    loading = reader.submit(load, first, order)
+    for number in itertools.count(first + 1):
+      rows_rd, order_r = loading.result()
+      if number % fills == 0:
+        order = examples_of(number // fills)
+      loading = reader.submit(load, number, order)
+      while row < len(order_r):
+        if batch_bd is None:
+          batch_bd, filled = np.empty((batch_size, *rows_rd.shape[1:]), rows_rd.dtype), 0
+        taken = order_r[row : row + batch_size - filled]
+        # Not mode 'raise', which would go through a buffer so as to leave `out` as it was.
+        np.take(rows_rd, taken, 0, batch_bd[filled : filled + len(taken)], mode='clip')
+        row, filled = row + len(taken), filled + len(taken)
+        if filled == batch_size:
+          yield batch_bd
+          batch_bd = None
+      row = 0
 
 
 def _block_order(n_examples, rng):

@@ -1,17 +1,20 @@
 """Artefacts on disk: activations (tensorstore), training state (orbax) and small text files, all written atomically.
 
 An activation store is a folder or bucket prefix with a zarr3 array for each site, `<site>/` [example, token, ...], one
-for the tokens, `tokens/` [example, token], and manifest.json: what they are of, and the commits of finished shards.
+for the tokens, `tokens/` [example, token], manifest.json, which says what they are of and never changes, and an empty
+object `commits/<shard>` for every finished shard.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +22,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from jax_interp import activations
+from jax_interp import activations, text
 
 TOKENS = 'tokens'
 DTYPES = ('bfloat16', 'float32')
+_RUN = 64  # examples of one read
+_ROWS_EXAMPLES = 1024  # of which rows are taken at a time: 0.1 GB for GPT-2 small in bfloat16, 64 tokens
 KEPT_CHECKPOINTS = 2
-_MANIFEST = 'manifest.json'
+_MANIFEST, _COMMITS = 'manifest.json', 'commits/'
 # One context for the process: stores share a cache of shard indices, and memory:// URLs share their contents.
-_CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
+# Files are mapped, not copied, to be read: half the time.
+_CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}, 'file_io_mode': {'mode': 'memmap'}})
 # What tensorstore reports for a file that is cut short or altered; anything else (network, permission) is not damage.
 _DAMAGE = ('DATA_LOSS', 'FAILED_PRECONDITION', 'OUT_OF_RANGE')
 
@@ -85,6 +91,7 @@ class ActivationStore:
     n_tokens: int,
     shard_examples: int,
     dtype: str,
+    special_tokens: Sequence[int] = (),
     **made_from: str,
   ) -> 'ActivationStore':
     """Makes a store, or opens the one that is there to go on with it.
@@ -96,6 +103,7 @@ class ActivationStore:
       n_tokens: tokens of a window.
       shard_examples: windows of a shard, the unit that is written and resumed.
       dtype: 'bfloat16' or 'float32'.
+      special_tokens: ids of the tokens that are no text, such as the end of a document; see `keep`.
       **made_from: fingerprints: model, tokenizer, dataset.
 
     Raises:
@@ -110,12 +118,13 @@ class ActivationStore:
       'n_tokens': n_tokens,
       'shard_examples': shard_examples,
       'dtype': dtype,
+      'special_tokens': [int(token) for token in special_tokens],
     }
     kvstore = _open_kvstore(where)
     with _disk_space(where):
       stored = kvstore.read(_MANIFEST).result()
       if stored.state == 'missing':
-        content = json.dumps({**manifest, 'commits': []}).encode()
+        content = json.dumps(manifest).encode()
         kvstore.write(_MANIFEST, content, if_equal=stored.stamp.generation).result()
       return cls.open(where, **manifest)
 
@@ -137,9 +146,9 @@ class ActivationStore:
       raise FileNotFoundError(f'no activations at {where}; run train.capture first')
     manifest = json.loads(stored.value)
     for field, value in expected.items():
-      if manifest[field] != value:
+      if manifest.get(field) != value:
         raise ValueError(
-          f'the activations at {where} are of another {field}: {manifest[field]!r}, not {value!r}; choose another '
+          f'the activations at {where} are of another {field}: {manifest.get(field)!r}, not {value!r}; choose another '
           'place, or delete them'
         )
     return cls(str(where), kvstore, manifest)
@@ -158,7 +167,8 @@ class ActivationStore:
 
     Reads the index and one chunk of every committed shard; elsewhere, checksums tell of altered bytes on reading.
     """
-    commits = self.manifest['commits']
+    begin = len(_COMMITS)
+    commits = [int(key[begin:]) for key in self._kvstore.list(ts.KvStore.KeyRange(_COMMITS, _COMMITS + '~')).result()]
     firsts = [(shard, self._first(array, shard)) for shard in commits for array in self._arrays.values()]
     damaged = {shard for shard, first in firsts if _is_damaged(first)}
     return sorted(set(range(self.n_shards)) - set(commits) | damaged)
@@ -179,28 +189,17 @@ class ActivationStore:
       OSError: no space is left; the shards written before stay.
     """
     for site, x in acts.items():
-      if not np.isfinite(x).all():
+      if n_bad := _not_finite(x):
         raise ValueError(
-          f'{site} has {np.sum(~np.isfinite(x))} activations in shard {shard} that are not finite; finished shards are '
-          'kept. Look at the weights of the model'
+          f'{site} has {n_bad} activations in shard {shard} that are not finite; finished shards are kept. Look at the '
+          'weights of the model'
         )
     with _disk_space(self.where):
       arrays = {TOKENS: tokens_et, **acts}
       writes = [array[self.shard(shard)].write(arrays[name]) for name, array in self._arrays.items()]
       for write in writes:
         write.result()
-      self._commit(shard)
-
-  def _commit(self, shard):
-    while True:
-      stored = self._kvstore.read(_MANIFEST).result()
-      manifest = json.loads(stored.value)
-      manifest['commits'] = sorted({*manifest['commits'], shard})
-      content = json.dumps(manifest).encode()
-      # Only if nobody else has committed in between; the generation is empty where somebody has.
-      if self._kvstore.write(_MANIFEST, content, if_equal=stored.stamp.generation).result().generation:
-        self.manifest = manifest
-        return
+      self._kvstore.write(f'{_COMMITS}{shard}', b'').result()
 
   def width(self, site: str) -> int:
     """Returns d of a site that an SAE can read.
@@ -219,30 +218,72 @@ class ActivationStore:
         'capture that one too, in another --workdir'
       )
 
-  def reader(self, site: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns `read(examples)`: int [n] in any order -> activations [n, token, ...] in the store's dtype.
+  def keep(self, examples: np.ndarray | None = None) -> np.ndarray:
+    """Returns which tokens stand for text, neither padding nor special: bool [n, token] of examples, by default all."""
+    examples = np.arange(self.n_examples) if examples is None else examples
+    return text.kept(self._read(TOKENS, examples), self.manifest['special_tokens'])
 
-    The site `store.TOKENS` reads int32 tokens [n, token].
+  def reader(self, site: str) -> Callable[..., np.ndarray]:
+    """Returns `read(examples, out=None)`: int [n] in any order -> activations [n, token, ...] in the store's dtype.
+
+    They are written to `out` where it is given: memory that is touched for the first time costs as much as reading.
+    The site `store.TOKENS` reads int32 tokens [n, token]. Neighbours are read fastest. Any thread may read.
 
     Raises:
       ValueError: the site is not in the store; and from `read`, a shard is missing or damaged.
+      IndexError: from `read`, there is no such example.
     """
     self._check(site)
     return functools.partial(self._read, site)
 
-  def _read(self, site, examples):
+  def rows(self, site: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns `read(tokens)`: int [n] in any order, example * n_tokens + token -> activations [n, ...] of these tokens.
+
+    Reads every chunk of BLOCK examples that one of the tokens is in, once.
+
+    Raises:
+      ValueError, IndexError: as for `reader`.
+    """
+    self._check(site)
+
+    def read(tokens):
+      examples, places = np.divmod(np.asarray(tokens), self.n_tokens)
+      wanted, inverse = np.unique(examples, return_inverse=True)
+      x = np.empty((len(tokens), *self._arrays[site].shape[2:]), self._arrays[site].dtype.numpy_dtype)
+      for start in range(0, len(wanted), _ROWS_EXAMPLES):
+        among = (inverse >= start) & (inverse < start + _ROWS_EXAMPLES)
+        found = self._read(site, wanted[start : start + _ROWS_EXAMPLES])
+        x[among] = found[inverse[among] - start, places[among]]
+      return x
+
+    return read
+
+  def _read(self, site, examples, out=None):
+    array, examples = self._arrays[site], np.asarray(examples)
+    if len(examples) and not 0 <= examples.min() <= examples.max() < self.n_examples:
+      raise IndexError(f'examples {examples.min()} to {examples.max()} are wanted of {self.n_examples}; see n_examples')
+    if out is None:
+      out = np.empty((len(examples), *array.shape[1:]), array.dtype.numpy_dtype)
+    target, reads = ts.array(out), []
     try:
-      x = self._arrays[site][np.asarray(examples)].read().result()
+      # By runs of neighbours: tensorstore takes four times as long for an array of indices.
+      for start, stop in _runs(examples):
+        first = int(examples[start])
+        reads.append(target[start:stop].write(array[first : first + stop - start]))
+      for read in reads:
+        read.result()
     except ValueError as e:
       if not str(e).startswith(_DAMAGE):
         raise
       if len(examples) == 1:
         raise self._damaged(site, examples[0]) from e
-      return np.concatenate([self._read(site, [example]) for example in examples])  # one of them says which it is
-    lost = _is_fill(x[(slice(None), *[0] * (x.ndim - 1))])
+      for example in examples:  # one of them says which it is
+        self._read(site, [example])
+      raise
+    lost = _is_fill(out[(slice(None), *[0] * (out.ndim - 1))])
     if lost.any():
       raise self._damaged(site, examples[lost.argmax()])
-    return x
+    return out
 
   def _damaged(self, site, example):
     shard = int(example) // self.shard_examples
@@ -251,6 +292,71 @@ class ActivationStore:
       f'shard {shard} of {site} in {self.where} is missing or damaged; delete {file} there, if there is one, and run '
       'train.capture again: it captures that shard anew'
     )
+
+
+class Writer:
+  """Gathers batches into shards, and writes each whole shard in the background while the next one fills.
+
+  A context: leaving it waits for the shard that is being written; one that is not whole is dropped. Two shards are in
+  memory.
+  """
+
+  def __init__(self, saved: ActivationStore, meter: activations.Meter):
+    """Waiting for the disk is counted by the meter."""
+    self._saved, self._meter = saved, meter
+    self._pool, self._writing = concurrent.futures.ThreadPoolExecutor(1), None
+    self._filling, self._spare = {}, {}
+
+  def __enter__(self) -> 'Writer':
+    return self
+
+  def __exit__(self, *error):
+    with self._meter.wait('disk'):
+      self._pool.shutdown()
+    if self._writing and not any(error):
+      self._writing.result()
+
+  def add(self, first: int, tokens_et: np.ndarray, acts: Mapping[str, np.ndarray]):
+    """Takes a batch; blocks while a shard before the last is still being written.
+
+    Args:
+      first: its first example; a shard's batches come in order.
+      tokens_et: int32 [example, token], all of one shard.
+      acts: {site: [example, token, ...]}.
+
+    Raises:
+      ValueError, OSError: as `ActivationStore.write`, of a shard that has come before.
+    """
+    if self._writing and self._writing.done():
+      self._writing.result()
+    shard = first // self._saved.shard_examples
+    examples = self._saved.shard(shard)
+    place = slice(first - examples.start, first - examples.start + len(tokens_et))
+    for name, x in {TOKENS: tokens_et, **acts}.items():
+      if name not in self._filling:
+        self._filling[name] = np.empty((self._saved.shard_examples, *x.shape[1:]), x.dtype)
+      self._filling[name][place] = x
+    if first + len(tokens_et) == examples.stop:
+      with self._meter.wait('disk'):
+        if self._writing:
+          self._writing.result()
+      whole = {name: x[: place.stop] for name, x in self._filling.items()}
+      self._writing = self._pool.submit(self._saved.write, shard, whole.pop(TOKENS), whole)
+      self._filling, self._spare = self._spare, self._filling
+
+
+def _runs(examples: np.ndarray) -> Iterator[tuple[int, int]]:
+  """Yields (start, stop) of each run of neighbours, cut to pieces of _RUN."""
+  breaks = np.flatnonzero(np.diff(examples) != 1) + 1
+  for start, stop in itertools.pairwise([0, *breaks.tolist(), len(examples)]):
+    for piece in range(start, stop, _RUN):
+      yield piece, min(piece + _RUN, stop)
+
+
+def _not_finite(x: np.ndarray) -> int:
+  if x.dtype.itemsize == 2:  # bfloat16: NumPy would call a function for every number
+    return np.count_nonzero((x.view(np.uint16) & 0x7F80) == 0x7F80)
+  return x.size - np.count_nonzero(np.isfinite(x))
 
 
 def _open_kvstore(where) -> ts.KvStore:

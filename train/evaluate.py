@@ -3,7 +3,9 @@
 Leaves workdir/evaluation/metrics.json, {name: number or list}; `jax_interp.evals` says what each name means.
 """
 
-from jax_interp import activations, store
+import numpy as np
+
+from jax_interp import activations, store, text
 from jax_interp.evals import downstream, reconstruction
 from train import command
 from train import sae as train_sae
@@ -20,7 +22,7 @@ def _last(sums, number, step, windows_et, batch_size):
   return so_far
 
 
-def evaluate(model, sae, site, windows_et, end_token, batch_size):
+def evaluate(model, sae, site, windows_et, special_ids, batch_size):
   """Yields (name, value) of every metric.
 
   Args:
@@ -28,16 +30,17 @@ def evaluate(model, sae, site, windows_et, end_token, batch_size):
     sae: of the site, on the ambient mesh.
     site: its name.
     windows_et: held-out tokens [example, token], a multiple of batch_size of them.
-    end_token: id of the end-of-document token, which is neither reconstructed nor counted.
+    special_ids: of tokens that, as padding, are neither reconstructed nor counted, such as the end of a document.
     batch_size: windows a batch.
   """
   tokens_nbt = windows_et.reshape(-1, batch_size, windows_et.shape[1])
+  keep_nbt = text.kept(tokens_nbt, special_ids)
   captured = (acts[site] for _, acts in activations.stream(model, windows_et, (site,), batch_size))
-  sums = reconstruction.measure(sae, zip(captured, tokens_nbt != end_token, strict=True))
+  sums = reconstruction.measure(sae, zip(captured, keep_nbt, strict=True))
   sums = _last(sums, lambda sums: {'l0': f'{sums["fired_l"].sum() / sums["tokens"]:.1f}'}, 1, windows_et, batch_size)
   yield from reconstruction.metrics(sums)
   mean_d = sums['x_d'] / sums['tokens']
-  sums = downstream.measure(model, sae, site, mean_d, zip(tokens_nbt, tokens_nbt != end_token, strict=True))
+  sums = downstream.measure(model, sae, site, mean_d, zip(np.maximum(tokens_nbt, 0), keep_nbt, strict=True))
   increase = lambda sums: (sums['loss_spliced'] - sums['loss_clean']) / sums['predictions']
   sums = _last(sums, lambda sums: {'loss_increase': f'{increase(sums):.4f}'}, 2, windows_et, batch_size)
   yield from downstream.metrics(sums)
@@ -63,7 +66,7 @@ def run(config, workdir):
       f'evaluate.n_tokens {settings.n_tokens} or the {windows_et.size} of the held-out text; shrink the batch'
     )
   windows_et = windows_et[: n_batches * settings.batch_size]
-  found = evaluate(subject.model, sae, site, windows_et, subject.tokenizer.eos_token_id, settings.batch_size)
+  found = evaluate(subject.model, sae, site, windows_et, text.special_ids(subject.tokenizer), settings.batch_size)
   numbers = dict(found)
   store.write_json(folder / 'metrics.json', numbers)
   for name, value in numbers.items():

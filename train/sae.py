@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 
-from jax_interp import activations, store
+from jax_interp import activations, store, text
 from jax_interp.sae import losses, train_step
 from models import sae, sharding
 from train import capture, command
@@ -30,17 +30,17 @@ def _objective(settings) -> losses.Objective:
 
 
 def _reader(config, workdir):
-  """Returns `read(examples)`, how many examples there are, and how many tokens each has."""
+  """Returns `read(examples)`, and which tokens are trained on, bool [example, token]: neither padding nor special."""
   site = config.sae.site
   if config.sae.source == 'store':
     saved = capture.open_store(config, workdir)
     saved.width(site)
-    return saved.reader(site), saved.n_examples, saved.n_tokens
+    return saved.reader(site), saved.keep()
   subject = command.subject(config, workdir)
   windows_et = command.windows(config, workdir, subject.tokenizer, 'train')
   windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
   read = activations.live_reader(subject.model, windows_et, site, config.capture.batch_size, config.capture.dtype)
-  return read, *windows_et.shape
+  return read, text.kept(windows_et, text.special_ids(subject.tokenizer))
 
 
 def _check(settings):
@@ -79,12 +79,10 @@ def run(config, workdir):
   _check(settings)
   if command.claim(folder, made_with(config, workdir)) and (folder / 'final').exists():
     return
-  read, n_examples, n_tokens = _reader(config, workdir)
+  read, keep_et = _reader(config, workdir)
 
   def batches(step):
-    return activations.shuffled_batches(
-      read, n_examples, n_tokens, settings.batch_size, settings.buffer_examples, config.seed, step
-    )
+    return activations.shuffled_batches(read, keep_et, settings.batch_size, settings.buffer_examples, config.seed, step)
 
   sample_bd = np.concatenate(list(itertools.islice(batches(0), math.ceil(SAMPLE_TOKENS / settings.batch_size))))
   key = jax.random.key(config.seed)

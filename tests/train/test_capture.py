@@ -1,13 +1,17 @@
 """train.capture: interrupted anywhere, its store is the same to the bit; bad input is told before any work."""
 
+import errno
 import filecmp
 import itertools
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -17,9 +21,9 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from jax_interp import activations, store
+from jax_interp import activations, store, text
 from models import gpt2, pretrained, sharding
-from train import capture, command
+from train import capture, command, processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = ['the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'dog', 'ran', 'far']
@@ -61,8 +65,12 @@ def make_config(subject, **changed):
 
 
 def same_files(a, b):
-  names = sorted(str(path.relative_to(a)) for path in a.rglob('*') if path.is_file())
-  assert names == sorted(str(path.relative_to(b)) for path in b.rglob('*') if path.is_file())
+  """Whether two stores are the same to the bit; how long they took may differ."""
+  names, others = (
+    sorted(str(path.relative_to(x)) for path in x.rglob('*') if path.is_file() and path.name != capture.REPORT)
+    for x in (a, b)
+  )
+  assert names == others
   return filecmp.cmpfiles(a, b, names, shallow=False)[1:] == ([], [])
 
 
@@ -140,36 +148,205 @@ def test_a_batch_that_the_mesh_does_not_divide_is_told_before_anything_is_claime
   assert not (tmp_path / 'activations').exists()
 
 
-def test_activations_that_are_not_finite_stop_it(subject, tmp_path, monkeypatch):
-  config = make_config(subject)
+def copy_of(subject, folder, change):
+  """A folder with the subject model, changed."""
+  model = pretrained.load_model(str(subject))
+  change(model)
+  pretrained.save_model(folder, model)
+  (folder / 'tokenizer.json').write_bytes((subject / 'tokenizer.json').read_bytes())
+  return str(folder)
 
-  def broken(*args, **kwargs):
-    for first, acts in stream(*args, **kwargs):
-      x = acts['h.1.resid.post_mlp'].copy()
-      x[:, 3, 5] = np.nan if first >= 20 else x[:, 3, 5]
-      yield first, {**acts, 'h.1.resid.post_mlp': x}
 
-  stream = activations.stream
-  monkeypatch.setattr(activations, 'stream', broken)
+def unused_token(monkeypatch, example, token):
+  """Puts a token of the vocabulary that the text has not into the text."""
+  windows = command.windows
+
+  def changed(*args):
+    windows_et = np.array(windows(*args))
+    assert not (windows_et == token).any()
+    windows_et[example, 5] = token
+    return windows_et
+
+  monkeypatch.setattr(command, 'windows', changed)
+
+
+def test_activations_that_are_not_finite_stop_it_and_finished_shards_stay(subject, tmp_path, monkeypatch):
   with jax.set_mesh(sharding.make_mesh()):
-    with pytest.raises(ValueError, match=r'h.1.resid.post_mlp has 4 activations in shard 2 that are not finite'):
+
+    def change(model):
+      model.wte.embedding[...] = model.wte.embedding[...].at[7, 2].set(np.nan)
+
+    config = make_config(subject)
+    config.model.source = copy_of(subject, tmp_path / 'broken', change)
+    unused_token(monkeypatch, 22, 7)
+    with pytest.raises(ValueError, match=r'h.0.resid.post_mlp has .* in the batch from example 20 on, first in .* 22'):
       capture.run(config, tmp_path)
     assert store.ActivationStore.open(tmp_path / 'activations').missing() == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_token_outside_the_vocabulary_stops_it(subject, tmp_path, monkeypatch):
+  unused_token(monkeypatch, 22, 4000)
+  with (
+    jax.set_mesh(sharding.make_mesh()),
+    pytest.raises(ValueError, match='from example 20 on, token 4000 at row 2, position 5 is outside the vocabulary'),
+  ):
+    capture.run(make_config(subject), tmp_path)
+
+
+def test_padding_and_special_tokens_are_stored_and_not_kept(subject, tmp_path, monkeypatch):
+  tokenizer = pretrained.load_tokenizer(str(subject))
+  windows = command.windows
+
+  def padded(*args):
+    windows_et = np.array(windows(*args))
+    windows_et[3, 9:] = text.PAD
+    return windows_et
+
+  monkeypatch.setattr(command, 'windows', padded)
+  with jax.set_mesh(sharding.make_mesh()):
+    config = make_config(subject)
+    capture.run(config, tmp_path)
+    saved = capture.open_store(config, tmp_path)
+  tokens_et = saved.reader(store.TOKENS)(np.arange(61))
+  np.testing.assert_array_equal(tokens_et[3, 9:], text.PAD)
+  assert (tokens_et == tokenizer.eos_token_id).any()
+  np.testing.assert_array_equal(saved.keep(), (tokens_et >= 0) & (tokens_et != tokenizer.eos_token_id))
+  np.testing.assert_array_equal(saved.keep([3, 1]), saved.keep()[[3, 1]])
+  found = activations.shuffled_batches(saved.reader('h.1.resid.post_mlp'), saved.keep(), saved.keep().sum(), 16, 0)
+  every = saved.reader('h.1.resid.post_mlp')(np.arange(61))[saved.keep()]
+  epoch = next(found)
+  found.close()
+  np.testing.assert_array_equal(*(np.unique(x.view(np.uint16), axis=0) for x in (epoch, every)))
+
+
+def test_what_was_waited_for_is_reported(subject, tmp_path, capsys):
+  config = make_config(subject)
+  with jax.set_mesh(sharding.make_mesh()):
+    capture.run(config, tmp_path)
+  report = json.loads((tmp_path / 'activations' / capture.REPORT).read_text())
+  run = report['run']
+  assert (run['tokens'], run['processes'], run['peak_is']) == (61 * 16, 1, 'measured')
+  assert run['tokens_per_s'] == pytest.approx(run['tokens'] / run['seconds'])
+  assert run['mfu'] == pytest.approx(16 * run['flops_per_batch'] / run['seconds'] / run['peak_flops'])
+  assert set(run['waiting']) == {'text', 'device', 'disk'}
+  assert 0 < sum(run['waiting'].values()) < 1
+  assert report['store'] == store.ActivationStore.open(tmp_path / 'activations').manifest
+  assert re.search(
+    r'976 tokens in .* tokens/s, MFU .* \(peak .*, measured\), waiting for text', capsys.readouterr().out
+  )
+
+
+def test_shards_are_written_while_the_next_is_computed(subject, tmp_path, monkeypatch):
+  """The writer holds shard 0 until the batches of shard 1 have come from the device."""
+  write, stream, second_shard = store.ActivationStore.write, activations.stream, threading.Event()
+  writing = []
+
+  def slow(self, shard, *args):
+    writing.append(shard)
+    assert second_shard.wait(30)
+    write(self, shard, *args)
+
+  def watched(*args):
+    for first, acts in stream(*args):
+      if first >= 12:
+        assert writing == [0]
+        second_shard.set()
+      yield first, acts
+
+  monkeypatch.setattr(store.ActivationStore, 'write', slow)
+  monkeypatch.setattr(activations, 'stream', watched)
+  config = make_config(subject, n_tokens=16 * 16)
+  with jax.set_mesh(sharding.make_mesh()):
+    capture.run(config, tmp_path)
+    assert writing == [0, 1]
+
+
+def test_a_full_disk_stops_it_soon_and_finished_shards_stay(subject, tmp_path, monkeypatch):
+  write, n_batches, stream = store.ActivationStore.write, [], activations.stream
+
+  def full(self, shard, *args):
+    if shard == 2:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.where)
+    write(self, shard, *args)
+
+  def counted(*args):
+    for batch in stream(*args):
+      n_batches.append(batch[0])
+      yield batch
+
+  monkeypatch.setattr(store.ActivationStore, 'write', full)
+  monkeypatch.setattr(activations, 'stream', counted)
+  with jax.set_mesh(sharding.make_mesh()):
+    with pytest.raises(OSError, match='No space left'):
+      capture.run(make_config(subject), tmp_path)
+    assert n_batches[-1] < 40  # two shards of 8 behind the one that failed
+    monkeypatch.undo()
+    assert store.ActivationStore.open(tmp_path / 'activations').missing() == [2, 3, 4, 5, 6, 7]
+    capture.run(make_config(subject), tmp_path)
 
 
 def test_activations_of_another_model_are_refused(subject, tmp_path):
   config = make_config(subject, store=str(tmp_path / 'store'))
   with jax.set_mesh(sharding.make_mesh()):
     capture.run(config, tmp_path / 'a')
-    model = pretrained.load_model(str(subject))
-    model.wte.embedding[...] *= 2
-    pretrained.save_model(tmp_path / 'other', model)
-    (tmp_path / 'other' / 'tokenizer.json').write_bytes((subject / 'tokenizer.json').read_bytes())
-    config.model.source = str(tmp_path / 'other')
+
+    def change(model):
+      model.wte.embedding[...] *= 2
+
+    config.model.source = copy_of(subject, tmp_path / 'other', change)
     with pytest.raises(ValueError, match='are of another model'):
       capture.run(config, tmp_path / 'b')
     with pytest.raises(ValueError, match='was made with another config: fingerprint is'):
       capture.open_store(config, tmp_path / 'a')
+
+
+@pytest.mark.parametrize(
+  ('section', 'changed', 'field'),
+  [
+    ('text', {'window': 8}, 'n_examples'),
+    ('text', {'boundaries': 'padded'}, 'dataset'),
+    ('text', {'shuffle': 3}, 'dataset'),
+    ('capture', {'sites': ('h.0.resid.post_mlp',)}, 'sites'),
+    ('capture', {'dtype': 'float32'}, 'dtype'),
+  ],
+)
+def test_another_capture_into_one_store_is_refused(subject, tmp_path, section, changed, field):
+  config = make_config(subject, store=str(tmp_path / 'store'))
+  with jax.set_mesh(sharding.make_mesh()):
+    capture.run(config, tmp_path / 'a')
+    with config.unlocked():
+      config[section].update(changed)
+    with pytest.raises(ValueError, match=f'are of another {field}.* choose another place, or delete them'):
+      capture.run(config, tmp_path / 'b')
+
+
+def test_a_store_that_was_replaced_by_another_is_told(subject, tmp_path):
+  config = make_config(subject, store=str(tmp_path / 'store'))
+  with jax.set_mesh(sharding.make_mesh()):
+    capture.run(config, tmp_path / 'a')
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+      other.text.shuffle = 3
+    shutil.rmtree(tmp_path / 'store')
+    with pytest.raises(FileNotFoundError, match='no activations at'):
+      capture.open_store(config, tmp_path / 'a')
+    capture.run(other, tmp_path / 'b')
+    with pytest.raises(ValueError, match='are of another dataset'):
+      capture.open_store(config, tmp_path / 'a')
+    shutil.rmtree(tmp_path / 'store')
+    capture.run(config, tmp_path / 'a')
+    assert capture.open_store(config, tmp_path / 'a').missing() == []
+
+
+def test_two_captures_at_once_into_one_store_are_refused(subject, tmp_path):
+  with (
+    jax.set_mesh(sharding.make_mesh()),
+    processes.locked(tmp_path / 'activations'),
+    pytest.raises(ValueError, match=r'another command is writing .*activations now; wait for it, or stop it'),
+  ):
+    capture.run(make_config(subject), tmp_path)
+  with jax.set_mesh(sharding.make_mesh()):
+    capture.run(make_config(subject), tmp_path)
 
 
 def test_sigterm_then_the_same_command_gives_the_same_store(subject, tmp_path):
@@ -186,15 +363,16 @@ def test_sigterm_then_the_same_command_gives_the_same_store(subject, tmp_path):
     )
 
   stopped = start(tmp_path / 'stopped')
-  manifest = tmp_path / 'stopped/activations/manifest.json'
-  while not (manifest.exists() and json.loads(manifest.read_text())['commits']):
+  commits = tmp_path / 'stopped/activations/commits'
+  n_commits = lambda: len(list(commits.iterdir()))
+  while not (commits.exists() and n_commits()):
     assert stopped.poll() is None
     time.sleep(0.01)
   stopped.send_signal(signal.SIGTERM)
   message = stopped.communicate(timeout=60)[1].decode()
   assert (stopped.returncode, 'stopped: finished shards are kept' in message) == (0, True)
-  n_finished = len(json.loads(manifest.read_text())['commits'])
+  n_finished = n_commits()
   for workdir in (tmp_path / 'stopped', tmp_path / 'whole'):
     assert start(workdir).wait(timeout=120) == 0
-  assert n_finished < len(json.loads(manifest.read_text())['commits'])
+  assert n_finished < n_commits()
   assert same_files(tmp_path / 'whole/activations', tmp_path / 'stopped/activations')

@@ -94,6 +94,7 @@ def activations(tmp_path):
     saved.write(shard, np.zeros((8, N_TOKENS), np.int32), {SITE: acts})
   for workdir in (tmp_path, tmp_path / 'whole', tmp_path / 'stopped'):
     command.claim(workdir / 'activations', capture.made_with(config_of(tmp_path), workdir))
+    store.write_json(workdir / 'activations' / capture.REPORT, {'store': saved.manifest, 'run': None})
     command.finish(workdir / 'activations')
   return tmp_path
 
