@@ -45,7 +45,7 @@ TO_TOKENIZE = [
   '\u00a0no-break\u2003em\u3000ideographic\u200bzero width\ufeff',
   '<|im_start|>user\nWhat is this?<|im_end|>\n<|im_start|>assistant\n',
   'not quite: <|im_start |> <|im_ <|endoftext|><repo_name>x',
-  'control \x01\x04!\x06\x1d characters, some without a token',
+  'control \x01\x04!\x06\x1d characters, some without a token, which are no bridge: \x04! !\x13!',
   '->=> :: && || !== /* */ <!-- --> ~~~ ``` $$ {}[]()',
   'https://example.org/a?b=c&d=%20e#f',
   '',

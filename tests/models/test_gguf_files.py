@@ -421,6 +421,7 @@ def test_a_tokenizer_is_that_of_transformers(tmp_path, pre):
     assert found.decode(_ids(found, text)) == text
   assert len(found) == len(tokens)
   assert found.all_special_tokens == [SPECIAL]
+  assert found.decode(_ids(found, f'a{SPECIAL}{ADDED}'), skip_special_tokens=True) == f'a{ADDED}'
   assert found.eos_token == found.bos_token == SPECIAL
   assert found.pad_token is None
 
@@ -472,7 +473,7 @@ def test_smollm2_is_tokenized_as_by_llama_cpp_and_back():
   tokenizer = gguf_files.tokenizer(_smollm2())
   for text, ids in TEXTS.items():
     assert _ids(tokenizer, text) == ids, text
-    without_token = '\x04\x06\x1d'  # of which the vocabulary has no bytes
+    without_token = '\x04\x06\x13\x1d'  # of which the vocabulary has no bytes
     assert tokenizer.decode(ids) == text.translate(dict.fromkeys(map(ord, without_token))), text
   assert len(tokenizer) == 49152
   assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id) == (
