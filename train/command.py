@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import ml_collections
 import numpy as np
+import orbax.checkpoint
 import tqdm
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
@@ -43,9 +44,11 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds after which a silent process is taken for dead.')
 
 TRAINED = 'trained'
-WINDOWS_AT_ONCE = 1024  # windows of text between two looks at the clock
+TOKENS_AT_ONCE = 2**18  # of text, written between two looks at the clock
 SAVE_SECONDS = 10  # between two saved positions in the text
+MAX_WAIT_SECONDS = 7 * 24 * 3600  # for the process that writes the windows
 _stop = threading.Event()
+_barriers = itertools.count()
 
 
 class Stopped(Exception):
@@ -276,11 +279,10 @@ def subject_source(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
 
 
 def subject(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Subject:
-  """Loads the subject model and its tokenizer onto the ambient mesh."""
+  """Loads the subject model, in config.model.dtype or float32, and its tokenizer onto the ambient mesh."""
   source = subject_source(config, workdir)
-  return Subject(
-    pretrained.load_model(source), pretrained.load_tokenizer(source), source, pretrained.fingerprint(source)
-  )
+  model = pretrained.load_model(source, config.model.get('dtype', 'float32'))
+  return Subject(model, pretrained.load_tokenizer(source), source, pretrained.fingerprint(source))
 
 
 def made_from(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
@@ -315,15 +317,31 @@ def windows(
   key = hashlib.sha256(json.dumps([settings, vocab], sort_keys=True).encode()).hexdigest()[:12]
   paths = {name: workdir / 'text' / f'{name}_{settings["window"]}_{key}.npy' for name in text.SPLITS}
   missing = lambda: not all(path.exists() for path in paths.values())
+  done = False
   try:
     if missing() and jax.process_index() == 0:
       _make_windows(paths, tokenizer, **settings)
+    done = True
   finally:
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'windows {key}')
+      done = _first_is_done(done)
+  if not done:
+    if stopping():
+      raise Stopped('process 0 says what of the windows is saved; run the same command to go on')
+    raise ValueError('process 0 could not write the windows of text, and says why')
   if missing():
     _make_windows(paths, tokenizer, **settings)
   return np.load(paths[split], mmap_mode='r')
+
+
+def _first_is_done(done: bool) -> bool:
+  """Returns what process 0 gives, in all processes, when all have come here.
+
+  Those that come early wait at a barrier, because a collective gives up after half a minute.
+  """
+  wait = orbax.checkpoint.multihost.get_barrier_sync_fn()
+  wait(key=f'windows {next(_barriers)}', timeout_ms=MAX_WAIT_SECONDS * 1000)  # each name serves once
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(done)))
 
 
 def _make_windows(
@@ -379,12 +397,13 @@ def _gather(path: pathlib.Path, raw: pathlib.Path, make: Callable[..., text.Wind
     file.write(header(position))
     file.truncate(size(position))
     file.seek(0, os.SEEK_END)
-    saved_at = time.monotonic()
+    saved_at, n_windows = time.monotonic(), -(-TOKENS_AT_ONCE // stream.window)
     while not done:
-      found = list(itertools.islice(stream, WINDOWS_AT_ONCE))
+      found = list(itertools.islice(stream, n_windows))
       file.write(np.array(found, np.int32).tobytes())
       bar.update(len(found) * stream.window)
-      done, stop = len(found) < WINDOWS_AT_ONCE, stopping()
+      done = len(found) < n_windows
+      stop = not done and stopping()
       if done or stop or time.monotonic() > saved_at + SAVE_SECONDS:
         position, saved_at = stream.position(), time.monotonic()
         file.seek(0)
@@ -393,7 +412,7 @@ def _gather(path: pathlib.Path, raw: pathlib.Path, make: Callable[..., text.Wind
         file.flush()
         os.fsync(file.fileno())
         _write(_position_path(raw), json.dumps({'done': done, 'position': position}).encode())
-      if stop and not done:
+      if stop:
         raise Stopped(f'{position["windows"]} windows of text are saved in {raw}; run the same command to go on')
   return position
 
@@ -416,8 +435,8 @@ def _drop_near_copies(raw: Mapping[str, pathlib.Path], written: Mapping[str, pat
       raise ValueError(f'near_duplicates {similarity} leaves no {split} window; raise it, or give more text')
     with open(written[split], 'wb') as file:
       file.write(_npy_header(n_kept, windows_et.shape[1]))
-      for start in range(0, len(windows_et), WINDOWS_AT_ONCE):
-        part = slice(start, start + WINDOWS_AT_ONCE)
+      for start in range(0, len(windows_et), text.CHUNK):
+        part = slice(start, start + text.CHUNK)
         file.write(windows_et[part][kept_e[part]].tobytes())
       file.flush()
       os.fsync(file.fileno())

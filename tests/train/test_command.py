@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,7 +181,7 @@ def test_no_held_out_window_is_a_near_copy_of_a_train_window(tmp_path, tokenizer
 def test_stopped_again_and_again_the_windows_are_the_same(tmp_path, tokenizer, monkeypatch, settings):
   config = _corpus(tmp_path, **settings)
   command.windows(config, tmp_path / 'whole', tokenizer, 'train')
-  monkeypatch.setattr(command, 'WINDOWS_AT_ONCE', 32)
+  monkeypatch.setattr(command, 'TOKENS_AT_ONCE', 16 * 32)
   monkeypatch.setattr(text, 'BATCH_DOCUMENTS', 8)
   asked = itertools.count(1)
   monkeypatch.setattr(command, 'stopping', lambda: next(asked) % 3 == 0)
@@ -205,7 +206,7 @@ from jax_interp import text
 from jax_interp import text
 from models import pretrained
 from train import command
-command.WINDOWS_AT_ONCE, command.SAVE_SECONDS, text.BATCH_DOCUMENTS = 16, 0, 4
+command.TOKENS_AT_ONCE, command.SAVE_SECONDS, text.BATCH_DOCUMENTS = 16 * 16, 0, 4
 left = int(sys.argv[3])
 def counting(act):
   def acted(*args):
@@ -227,11 +228,55 @@ command.windows(config, pathlib.Path(sys.argv[2]), pretrained.load_tokenizer('em
   assert _left(tmp_path / 'killed') == _left(tmp_path / 'whole')
 
 
+def test_of_two_processes_the_first_writes_the_windows_or_each_its_own_or_both_raise(tmp_path, tokenizer):
+  config = _corpus(tmp_path)
+  expected_et = np.array(command.windows(config, tmp_path / 'whole', tokenizer, 'train'))
+  code = """
+import pathlib, sys, time
+import jax, ml_collections
+from models import pretrained
+from train import command
+address, process, folder, source = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4]
+jax.distributed.initialize(address, 2, process)
+tokenizer = pretrained.load_tokenizer('embedded')
+make, made = command._make_windows, []
+def making(*args, **kwargs):
+  made.append(process)
+  time.sleep(1)
+  make(*args, **kwargs)
+command._make_windows = making
+def total(workdir, source):
+  config = ml_collections.ConfigDict({'text': {'source': source, 'window': 16}})
+  return int(command.windows(config, workdir, tokenizer, 'train').sum())
+found = [total(folder / 'shared', source), total(folder / f'own_{process}', source)]
+try:
+  total(folder / 'none', 'nowhere.txt')
+except (ValueError, OSError) as e:
+  found.append(str(e)[:28])
+print(*found, made, sep='|')
+"""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  environment = {**os.environ, 'XLA_FLAGS': ''}
+  run = lambda process: subprocess.Popen(
+    [sys.executable, '-c', code, address, str(process), str(tmp_path), config.text.source],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  first, second = [process.communicate(timeout=120)[0].splitlines()[-1] for process in [run(0), run(1)]]
+  total = expected_et.sum()
+  assert first == f"{total}|{total}|no text at 'nowhere.txt'; gi|[0, 0, 0]"
+  assert second == f'{total}|{total}|process 0 could not write |[1]'  # its own, of the folders that are not shared
+
+
 @pytest.mark.parametrize('near_duplicates', [0.0, 0.9])
 def test_an_error_at_any_write_or_rename_loses_nothing(tmp_path, tokenizer, monkeypatch, near_duplicates):
   config = _corpus(tmp_path, near_duplicates=near_duplicates)
   command.windows(config, tmp_path / 'whole', tokenizer, 'train')
-  monkeypatch.setattr(command, 'WINDOWS_AT_ONCE', 64)
+  monkeypatch.setattr(command, 'TOKENS_AT_ONCE', 16 * 64)
   monkeypatch.setattr(command, 'SAVE_SECONDS', 0)
   replace = os.replace
   for n_before in itertools.count():
@@ -255,7 +300,7 @@ def test_an_error_at_any_write_or_rename_loses_nothing(tmp_path, tokenizer, monk
 
 
 def test_a_text_that_changed_in_between_or_a_damaged_file_is_read_anew(tmp_path, tokenizer, monkeypatch, capsys):
-  monkeypatch.setattr(command, 'WINDOWS_AT_ONCE', 32)
+  monkeypatch.setattr(command, 'TOKENS_AT_ONCE', 16 * 32)
   monkeypatch.setattr(command, 'stopping', lambda: True)
   config = _corpus(tmp_path)
   for workdir in (tmp_path / 'changed', tmp_path / 'damaged'):
