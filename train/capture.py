@@ -189,6 +189,7 @@ def run(config, workdir):
     OSError: no space is left.
   """
   settings, folder, where = config.capture, workdir / 'activations', _where(config, workdir)
+  processes.agree()  # all are here; the first time they meet, they may not keep each other waiting long
   with processes.together():
     _check_sizes(settings)
     made = made_with(config, workdir)

@@ -1,0 +1,225 @@
+"""Two processes capture together what one does, to the bit; killed or stopped at any moment, they go on to it."""
+
+import contextlib
+import filecmp
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from models import gpt2, pretrained, sharding
+from train import capture
+
+ROOT = pathlib.Path(__file__).parents[2]
+WORDS = ['the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'dog', 'ran', 'far']
+N_EXAMPLES, WINDOW, N_SHARDS = 605, 16, 76  # shards of 8, the last of 5
+N_KILLS = 10
+GRACE = 2  # seconds after which a process that has lost the other is killed too
+
+
+@pytest.fixture(scope='module')
+def subject(tmp_path_factory):
+  """A folder with a random model, a tokenizer, a text and a config on a mesh of 2 x 1."""
+  folder = tmp_path_factory.mktemp('subject')
+  rng = np.random.default_rng(0)
+  documents = [' '.join(rng.choice(WORDS, 120)) for _ in range(100)]
+  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': document}) for document in documents))
+  bpe = tokenizers.ByteLevelBPETokenizer()
+  bpe.train_from_iterator(documents, 280, special_tokens=[pretrained.END_OF_TEXT], show_progress=False)
+  bpe._tokenizer.save(str(folder / 'tokenizer.json'))
+  model_config = gpt2.GPT2Config(n_layer=2, n_head=2, d_model=24, n_ctx=16, n_vocab=bpe.get_vocab_size())
+  with jax.set_mesh(sharding.make_mesh()):
+    pretrained.save_model(folder, jax.jit(lambda: gpt2.GPT2(model_config, nnx.Rngs(0)))())
+  config = {
+    'mesh': {'data': 2, 'model': 1},
+    'capture': {
+      'sites': ('h.*.resid.post_mlp', 'h.1.mlp.post_act'),
+      'n_tokens': N_EXAMPLES * WINDOW,
+      'dtype': 'bfloat16',
+      'batch_size': 8,
+      'shard_examples': 8,
+      'store': '',
+    },
+    'model': {'source': str(folder)},
+    'text': {'source': str(folder / 'text.jsonl'), 'window': WINDOW},
+  }
+  (folder / 'config.py').write_text(
+    f'import ml_collections\nget_config = lambda: ml_collections.ConfigDict({config!r})\n'
+  )
+  return folder
+
+
+def start(subject, workdir, *flags, n_devices=1):
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={n_devices}',
+  }
+  command = [sys.executable, '-m', 'train.capture', f'--config={subject / "config.py"}', f'--workdir={workdir}', *flags]
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+  )
+
+
+def start_two(subject, workdir, *flags):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  shared = (f'--coordinator=localhost:{port}', '--n_processes=2', '--heartbeat_timeout=10', *flags)
+  return [start(subject, workdir, *shared, f'--process={i}') for i in range(2)]
+
+
+def finish(processes):
+  """Returns the exit codes and outputs, in order; ends what does not end."""
+  try:
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [process.returncode for process in processes], outputs
+
+
+def files(workdir):
+  """The files of a store but for how long it took."""
+  return sorted(
+    str(path.relative_to(workdir)) for path in workdir.rglob('*') if path.is_file() and path.name != capture.REPORT
+  )
+
+
+def assert_same(a, b):
+  a, b = a / 'activations', b / 'activations'
+  names = files(a)
+  assert len(names) == N_SHARDS * 5 + 8  # three sites, tokens and commits; four zarr.json, manifest, config, DONE, lock
+  assert names == files(b)
+  assert filecmp.cmpfiles(a, b, names, shallow=False)[1:] == ([], [])
+
+
+@pytest.fixture(scope='module')
+def whole(subject, tmp_path_factory):
+  """What one process with two pretend devices leaves."""
+  workdir = tmp_path_factory.mktemp('whole')
+  codes, outputs = finish([start(subject, workdir, n_devices=2)])
+  assert codes == [0], outputs
+  return workdir
+
+
+def test_two_processes_leave_the_files_of_one(subject, whole, tmp_path):
+  codes, outputs = finish(start_two(subject, tmp_path))
+  assert codes == [0, 0], outputs
+  assert_same(whole, tmp_path)
+  report = json.loads((tmp_path / 'activations' / capture.REPORT).read_text())['run']
+  assert (report['processes'], report['devices'], report['tokens']) == (2, 2, N_EXAMPLES * WINDOW)
+  codes, outputs = finish(start_two(subject, tmp_path))
+  assert codes == [0, 0], outputs
+  assert 'is done already' in outputs[0]
+
+
+def n_commits(workdir):
+  return sum(1 for _ in (workdir / 'activations' / 'commits').glob('[0-9]*'))
+
+
+def wait_for(condition, running):
+  """Waits until the condition holds or a process has ended."""
+  while not condition() and all(process.poll() is None for process in running):
+    time.sleep(0.001)
+
+
+def test_killed_at_ten_random_moments_the_store_comes_out_the_same(subject, whole, tmp_path):
+  """Odd kills come anywhere in a run, from its start; even ones while shards are written: some after the last one."""
+  rng, killed_with = random.Random(0), []
+  for kill in range(N_KILLS):
+    running = start_two(subject, tmp_path)
+    if kill % 2:
+      time.sleep(rng.uniform(0, 8))
+    else:
+      wanted = n_commits(tmp_path) + rng.randint(1, 6)
+      wait_for(lambda: n_commits(tmp_path) >= wanted, running)  # noqa: B023
+      time.sleep(rng.uniform(0, 0.01))
+    victim = rng.randrange(2)
+    running[victim].kill()
+    killed_with.append(n_commits(tmp_path))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      running[1 - victim].wait(GRACE)
+    running[1 - victim].kill()
+    finish(running)
+  print(killed_with)
+  assert sum(0 < n < N_SHARDS for n in killed_with) >= N_KILLS / 2  # not all before the first shard or after the last
+  codes, outputs = finish(start_two(subject, tmp_path))
+  assert codes == [0, 0], outputs
+  assert_same(whole, tmp_path)
+
+
+def test_a_process_that_has_lost_the_other_ends_by_itself(subject, tmp_path):
+  running = start_two(subject, tmp_path)
+  wait_for(lambda: n_commits(tmp_path) > 0, running)
+  running[1].kill()
+  began = time.monotonic()
+  codes, outputs = finish(running)
+  assert (codes[0] != 0, codes[1]) == (True, -signal.SIGKILL), outputs
+  assert time.monotonic() - began < 60  # the heartbeat's ten seconds, and what it takes to notice
+
+
+@pytest.mark.parametrize('asked', [(0, 1), (1,)], ids=['both', 'one'])
+def test_sigterm_stops_all_and_the_same_command_goes_on(subject, whole, tmp_path, asked):
+  running = start_two(subject, tmp_path)
+  wait_for(lambda: n_commits(tmp_path) > 0, running)
+  for i in asked:
+    running[i].send_signal(signal.SIGTERM)
+  codes, outputs = finish(running)
+  assert codes == [0, 0], outputs
+  for output in outputs:
+    assert 'stopped: ' in output
+    assert 'finished shards are kept' in output
+  assert 0 < n_commits(tmp_path) < N_SHARDS
+  codes, outputs = finish(start_two(subject, tmp_path))
+  assert codes == [0, 0], outputs
+  assert_same(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--config.mesh.data=1'], 'a mesh of 1x1 does not give each of 2 processes as many whole rows of the data axis'),
+    (['--config.capture.sites=("h.0.resid.post_mpl",)'], 'the nearest are h.0.resid.post_mlp'),
+  ],
+)
+def test_bad_settings_are_told_by_all_processes(subject, tmp_path, flags, message):
+  codes, outputs = finish(start_two(subject, tmp_path, *flags))
+  assert codes == [1, 1]
+  for output in outputs:
+    assert message in output
+
+
+def test_processes_that_do_not_read_the_same_are_told(subject, tmp_path):
+  running = start_two(subject, tmp_path)
+  running[1].kill()
+  running[1].wait()
+  running[1] = subprocess.Popen(
+    [*running[1].args, '--config.capture.dtype=float32'],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
+  codes, outputs = finish(running)
+  assert codes == [1, 1], outputs
+  for output in outputs:
+    assert 'process 1 has another config or model than process 0' in output
+
+
+def test_processes_that_are_not_all_named_are_told(subject, tmp_path):
+  codes, outputs = finish([start(subject, tmp_path, '--n_processes=2', '--process=2')])
+  assert codes == [1]
+  assert 'name no process of several; give all three' in outputs[0]
