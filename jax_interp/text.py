@@ -155,12 +155,14 @@ def _jsonl(path: pathlib.Path, field: str, start: dict) -> Found:
         there = f'; its fields are {", ".join(row)}' if isinstance(row, dict) and field not in row else ''
         raise ValueError(f'{path}, line {number}: expected a JSON object with a string as its field "{field}"{there}')
       byte += len(line)
-      yield row[field], {'byte': byte, 'line': number}
+      document = row[field].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # "\ud800" is no character
+      yield document, {'byte': byte, 'line': number}
 
 
 def _parquet(path: pathlib.Path, field: str, start: dict) -> Found:
+  parquet = _import('pyarrow.parquet', path)
   try:
-    file = _import('pyarrow.parquet', path).ParquetFile(path)
+    file = parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # else a row group is in memory as a whole
   except ValueError as e:
     raise ValueError(f'{path} is no whole parquet file ({e}); fetch it again') from e
   with file:
@@ -172,13 +174,8 @@ def _parquet(path: pathlib.Path, field: str, start: dict) -> Found:
         skip = max(skipped - row, 0) if group == first else 0
         for document in batch.column(0)[skip:].to_pylist():
           skip += 1
-          yield (
-            _checked(document, field, f'{path}, row group {group}, row {row + skip}'),
-            {
-              'group': group,
-              'row': row + skip,
-            },
-          )
+          behind = {'group': group, 'row': row + skip}
+          yield _checked(document, field, f'{path}, row group {group}, row {row + skip}'), behind
         row += len(batch)
 
 

@@ -116,6 +116,13 @@ def test_a_jsonl_file_is_cut_at_line_feeds_alone(tmp_path):
   assert sorted(found) == sorted(documents)
 
 
+def test_half_a_surrogate_pair_in_json_is_a_replacement_character(tmp_path, tokenizer):
+  path = tmp_path / 'corpus.jsonl'
+  path.write_text('\n'.join(f'{{"text": "{n} \\ud83d\\ude00 and \\ud800 end"}}' for n in range(300)))
+  assert next(text.documents(str(path))).endswith(' \U0001f600 and \ufffd end')
+  assert '\ufffd' in tokenizer.decode(next(text.Windows(str(path), tokenizer)))
+
+
 def test_a_txt_file_is_cut_at_blank_lines(tmp_path):
   path = tmp_path / 'corpus.txt'
   content = '\n\n'.join(f'paragraph {number}\n' + chr(97 + number % 26) * 500 for number in range(200)) + '\n\n\n\nend'
@@ -295,6 +302,19 @@ def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, monkeypatch):
   assert n_documents > 15_000
   assert peak_reading < 2e6
   assert peak < 12e6  # a batch and a block
+
+
+def test_a_parquet_row_group_is_not_read_as_a_whole(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  rng = np.random.default_rng(0)
+  documents = [rng.bytes(500).hex() for _ in range(32_000)]  # 32 MB that compress badly
+  table = pyarrow.table({'text': documents})
+  pytest.importorskip('pyarrow.parquet').write_table(table, tmp_path / 'corpus.parquet', row_group_size=100_000)
+  del table
+  before, most = pyarrow.total_allocated_bytes(), 0
+  for _ in text.documents(str(tmp_path / 'corpus.parquet')):
+    most = max(most, pyarrow.total_allocated_bytes() - before)
+  assert 0 < most < 12e6
 
 
 # Near copies
