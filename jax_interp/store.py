@@ -59,6 +59,7 @@ class ActivationStore:
     self.where, self._kvstore, self.manifest = where, kvstore, manifest
     self.n_examples, self.n_tokens = manifest['n_examples'], manifest['n_tokens']
     self.shard_examples = manifest['shard_examples']
+    self._chunk = math.gcd(self.shard_examples, activations.BLOCK)
     shapes = {site: (manifest['dtype'], shape) for site, shape in manifest['sites'].items()}
     opening = {name: self._array(name, *kind) for name, kind in {**shapes, TOKENS: ('int32', [])}.items()}
     self._arrays = {name: array.result() for name, array in opening.items()}
@@ -67,12 +68,13 @@ class ActivationStore:
     plain = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
     shape = [self.n_tokens, *shape]
     sharding = {
-      'chunk_shape': [math.gcd(self.shard_examples, activations.BLOCK), *shape],
+      'chunk_shape': [self._chunk, *shape],
       'codecs': plain,
       'index_codecs': plain,
     }
     metadata = {
-      'shape': [self.n_examples, *shape],
+      # Whole chunks: what stands in a chunk beyond the array would be whatever the memory held.
+      'shape': [-(-self.n_examples // self._chunk) * self._chunk, *shape],
       'data_type': dtype,
       # zarr reads a file that is not there as the fill value, so it is one that is never written: see `reader`.
       'fill_value': -1 if name == TOKENS else 'NaN',
@@ -196,7 +198,11 @@ class ActivationStore:
         )
     with _disk_space(self.where):
       arrays = {TOKENS: tokens_et, **acts}
-      writes = [array[self.shard(shard)].write(arrays[name]) for name, array in self._arrays.items()]
+      start, n_more = self.shard(shard).start, -len(tokens_et) % self._chunk
+      writes = []
+      for name, array in self._arrays.items():
+        x = np.pad(arrays[name], [(0, n_more)] + [(0, 0)] * (array.rank - 1)) if n_more else arrays[name]
+        writes.append(array[start : start + len(x)].write(x))
       for write in writes:
         write.result()
       self._kvstore.write(f'{_COMMITS}{shard}', b'').result()
@@ -208,7 +214,7 @@ class ActivationStore:
       ValueError: the site is not in the store, or its activations are not [example, token, d].
     """
     self._check(site)
-    return activations.width(site, self._arrays[site].shape)
+    return activations.width(site, (self.n_examples, *self._arrays[site].shape[1:]))
 
   def _check(self, site):
     if site not in self._arrays:

@@ -83,6 +83,16 @@ def test_a_shard_is_one_file_of_small_chunks(tmp_path):
   assert metadata['codecs'][0]['configuration']['chunk_shape'] == [4, N_TOKENS, 2, 3]
 
 
+def test_what_stands_behind_the_last_example_is_always_the_same(tmp_path):
+  """A chunk that is not full would else be filled up with whatever the memory held."""
+  activations = create(tmp_path)
+  fill(activations, range(3))
+  for array in activations._arrays.values():
+    behind = array[N_EXAMPLES:].read().result()
+    assert len(behind) == 2
+    assert not behind.any()
+
+
 def test_going_on_with_a_store_keeps_finished_shards(tmp_path):
   fill(create(tmp_path), [0, 2])
   before = shard_file(tmp_path, 0).stat().st_mtime_ns
