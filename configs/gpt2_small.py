@@ -11,7 +11,11 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.mesh = {'data': 1, 'model': 1}
-  config.model = {'source': 'openai-community/gpt2'}  # from the hub, or a folder
+  config.last_stage = 'report'  # train.pipeline ends behind it: lm, capture, sae, evaluate, records, explain, report
+  config.model = {
+    'source': 'openai-community/gpt2',  # a hub id[@REVISION], or a folder
+    'dtype': 'float32',  # or 'bfloat16', of parameters and activations
+  }
   config.text = {
     'source': 'embedded',  # or .txt, .jsonl, .parquet files, their folder or glob, a Hugging Face dataset
     'field': 'text',

@@ -7,7 +7,11 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.mesh = {'data': 1, 'model': 1}
-  config.model = {'source': 'embedded'}  # or 'trained' (what train.lm left), a folder, a hub id
+  config.last_stage = 'report'  # train.pipeline ends behind it: lm, capture, sae, evaluate, records, explain, report
+  config.model = {
+    'source': 'embedded',  # or 'trained' (what train.lm left), 'smollm2', a folder, a .gguf file, a hub id[@REVISION]
+    'dtype': 'float32',  # or 'bfloat16', of parameters and activations
+  }
   config.text = {
     'source': 'embedded',  # or .txt, .jsonl, .parquet files, their folder or glob, a Hugging Face dataset
     'field': 'text',

@@ -39,15 +39,15 @@ def divides(axis: str, size: int) -> bool:
   return size % jax.sharding.get_abstract_mesh().shape.get(axis, 1) == 0
 
 
-def constrain(x: jax.Array, dims: str) -> jax.Array:
-  """Fixes the sharding of x by its dimensions; only inside `jax.jit`, on the ambient mesh.
+def fitting(dims: str, shape: tuple[int, ...]) -> PartitionSpec:
+  """Returns the PartitionSpec of an array of these dimensions and sizes; what its axis does not divide stays whole."""
+  axes = zip(spec(dims), shape, strict=True)
+  return PartitionSpec(*(axis if axis and divides(axis, size) else None for axis, size in axes))
 
-  A dimension that its axis does not divide stays whole: XLA would drop such a constraint without a word.
-  """
-  axes = zip(spec(dims), x.shape, strict=True)
-  return jax.lax.with_sharding_constraint(
-    x, PartitionSpec(*(axis if axis and divides(axis, size) else None for axis, size in axes))
-  )
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+  """Fixes the sharding of x by its dimensions, as `fitting`; only inside `jax.jit`, on the ambient mesh."""
+  return jax.lax.with_sharding_constraint(x, fitting(dims, x.shape))
 
 
 def head_axes(n_head: int, d_head: int) -> tuple[str | None, str | None]:
@@ -58,8 +58,8 @@ def head_axes(n_head: int, d_head: int) -> tuple[str | None, str | None]:
 
 
 def place(x, dims: str) -> jax.Array:
-  """Puts a host array onto the ambient mesh by its dimensions."""
-  return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(dims)))
+  """Puts a host array onto the ambient mesh by its dimensions, as `fitting`."""
+  return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), fitting(dims, x.shape)))
 
 
 def check_divides(name: str, size: int, axis: str):

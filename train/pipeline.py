@@ -1,4 +1,7 @@
-"""The whole flow, from text to a report: every stage in order; what is done is skipped, what was stopped goes on."""
+"""The whole flow, from text to a report: every stage in order; what is done is skipped, what was stopped goes on.
+
+--config.last_stage=capture, or another, ends it behind that stage.
+"""
 
 import json
 
@@ -15,13 +18,28 @@ HEADLINES = {
 }
 
 
+def _stages(config) -> list:
+  """Returns the stages up to config.last_stage; a live SAE needs no stored activations."""
+  names = [stage.__name__.removeprefix('train.') for stage in STAGES]
+  last = config.get('last_stage', names[-1])
+  if last not in names:
+    raise ValueError(f'last_stage {last!r} is unknown; choose one of {", ".join(names)}')
+  stages = STAGES[: names.index(last) + 1]
+  return [stage for stage in stages if stage is not capture or config.sae.source == 'store' or last == 'capture']
+
+
 def run(config, workdir):
-  """Runs every stage that is not done, and prints what came out; a live SAE needs no stored activations."""
-  stages = [stage for stage in STAGES if stage is not capture or config.sae.source == 'store']
+  """Runs every stage that is not done, and prints what came out.
+
+  Raises:
+    ValueError: there is no such last stage; and as the stages.
+  """
+  stages = _stages(config)
   for number, stage in enumerate(stages, 1):
     print(f'[{number}/{len(stages)}] {stage.__name__}', flush=True)
     stage.run(config, workdir)
-  _print_summary(workdir)
+  if stages[-1] is STAGES[-1]:
+    _print_summary(workdir)
 
 
 def _print_summary(workdir):

@@ -2,20 +2,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from models import gpt2, sharding, sites
+from models import sae, sharding, sites
+from tests.models import families
 
-CONFIG = gpt2.GPT2Config(n_layer=3, n_head=4, d_model=32, n_ctx=16, n_vocab=53)
 SITE = 'h.1.mlp.post_act'
 TOKENS = np.random.default_rng(0).integers(53, size=(4, 12)).astype(np.int32)
 
 
-@pytest.fixture
-def model(mesh):
-  model = gpt2.GPT2(CONFIG, nnx.Rngs(0))
-  # Larger weights than at initialisation, so that no effect drowns in rounding.
-  return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), model)
+@pytest.fixture(params=['gpt2', 'odd_llama'])
+def model(mesh, request):
+  return families.build(request.param)
 
 
 def _loss(logits_btv, acts):
@@ -61,42 +58,99 @@ def test_an_edge_with_frozen_norms_and_patterns_equals_the_measured_intervention
 
 
 def test_edits_at_one_site_apply_in_order_and_before_the_probe(model):
-  ones = jnp.ones(32)
+  d = model.config.d_model
+  ones = jnp.ones(d)
   edits = [
     sites.steer('resid.post_emb', ones),
     sites.ablate('resid.post_emb', True),
     sites.steer('resid.post_emb', 2 * ones),
   ]
-  probes = {'resid.post_emb': jnp.full((4, 12, 32), 0.5)}
+  probes = {'resid.post_emb': jnp.full((4, 12, d), 0.5)}
   _, acts = sites.forward(model, TOKENS, edits, probes, ('resid.post_emb',))
-  np.testing.assert_array_equal(acts['resid.post_emb'], np.full((4, 12, 32), 2.5))
+  np.testing.assert_array_equal(acts['resid.post_emb'], np.full((4, 12, d), 2.5))
 
 
-class _Dictionary(nnx.Module):
-  """The least an SAE is to `splice`: an encoder and a decoder that do not invert each other."""
-
-  def __init__(self):
-    self.encoder_ld = nnx.Param(jax.random.normal(jax.random.key(1), (64, 32)))
-
-  def encode(self, x):
-    return jax.nn.relu(x @ self.encoder_ld[...].T), x.mean(-1, keepdims=True)
-
-  def decode(self, latents, norm):
-    return latents @ self.encoder_ld[...] * 0.01 + norm
+def dictionary(model):
+  """Returns a TopK SAE of the model's residual stream; untrained, so that its error is large."""
+  d = model.config.d_model
+  return sae.init_sae(jax.random.key(1), jax.random.normal(jax.random.key(2), (64, d)), 64, 4, 'layer_norm_std')
 
 
 def test_an_sae_spliced_in_changes_no_logit_and_adds_its_sites(model):
   site = 'h.1.resid.post_mlp'
   clean_btv, _ = sites.forward(model, TOKENS)
-  edits = [sites.splice(site, _Dictionary())]
+  edits = [sites.splice(site, dictionary(model))]
   _, acts, grads = sites.acts_and_grads(model, TOKENS, _loss, (f'{site}.latents', f'{site}.error', 'logits'), edits)
   np.testing.assert_allclose(acts['logits'], clean_btv, atol=1e-5, rtol=1e-5)
   assert acts[f'{site}.latents'].shape == (4, 12, 64)
+  assert float(jnp.abs(acts[f'{site}.error']).max()) > 0.1
   assert float(jnp.abs(grads[f'{site}.latents']).max()) > 0
 
 
+def test_a_latent_is_ablated_and_patched_where_the_mask_says(model):
+  # Far from the logits the effect of a latent is its write vector, undone by the SAE's input normalisation.
+  site, spliced = 'h.1.resid.post_mlp', sites.splice('h.1.resid.post_mlp', dictionary(model))
+  latents = sites.forward(model, TOKENS, [spliced], capture=(f'{site}.latents',))[1][f'{site}.latents']
+  clean_btd = sites.forward(model, TOKENS, capture=(site,))[1][site]
+  b, t, latent = np.argwhere(np.asarray(latents) > 0)[5]
+  mask = np.zeros((4, 12, 64), bool)
+  mask[b, t, latent] = True
+  scale = dictionary(model).normalize(clean_btd)[1].scale
+  write_d = scale[b, t] * dictionary(model).decoder[...][latent]
+  for edit, delta in [
+    (sites.ablate(f'{site}.latents', mask), -latents[b, t, latent]),
+    (sites.patch(f'{site}.latents', 3.0, mask), 3.0 - latents[b, t, latent]),
+  ]:
+    changed_btd = sites.forward(model, TOKENS, [spliced, edit], capture=(site,))[1][site]
+    expected_btd = np.array(clean_btd)
+    expected_btd[b, t] += delta * write_d
+    np.testing.assert_allclose(changed_btd, expected_btd, atol=1e-4)
+
+
+def test_masks_choose_tokens_heads_and_neurons(model):
+  rng, config = np.random.default_rng(3), model.config
+  names = ('h.0.resid.post_mlp', 'h.1.attn.v_out', 'h.1.mlp.post_act', 'h.2.attn.qk_probs')
+  tokens, heads, neurons, pairs = names
+  shapes = (12, 1), (4, 12, config.n_head, 1), (4, 12, config.n_neurons), (config.n_head, 12, 12)
+  mask = {site: rng.random(shape) < 0.5 for site, shape in zip(names, shapes, strict=True)}
+  clean = sites.forward(model, TOKENS, capture=names)[1]
+  value = rng.normal(size=(4, 12, config.n_neurons)).astype(np.float32)
+  for site, edits, expected in [
+    (tokens, [sites.steer(tokens, value[..., :1], mask[tokens])], clean[tokens] + value[..., :1]),
+    (heads, [sites.ablate(heads, mask[heads])], 0),
+    (neurons, [sites.patch(neurons, value, mask[neurons])], value),
+    (pairs, [sites.stop(pairs, mask[pairs])], clean[pairs]),
+  ]:
+    found = sites.forward(model, TOKENS, edits, capture=(site,))[1][site]
+    np.testing.assert_allclose(found, np.where(mask[site], expected, clean[site]), atol=1e-5)
+
+
+def test_an_sae_is_spliced_in_where_the_mask_says(model):
+  site, mask = 'h.1.resid.post_mlp', np.random.default_rng(3).random((4, 12, 1)) < 0.5
+  edits = lambda mask: [sites.splice(site, dictionary(model), mask), sites.ablate(f'{site}.latents', True)]
+  none, half, all_ = (
+    sites.forward(model, TOKENS, edits(m), capture=(site,))[1][site] for m in (mask & False, mask, mask | True)
+  )
+  np.testing.assert_allclose(none, sites.forward(model, TOKENS, capture=(site,))[1][site], atol=1e-5)
+  np.testing.assert_array_equal(half, np.where(mask, all_, none))
+  assert float(jnp.abs(all_ - none).max()) > 0.1
+
+
+def test_stop_with_a_mask_cuts_the_paths_of_those_nodes_alone(model):
+  # Upstream of a site that is stopped where the mask says, the gradient is that of the other nodes' paths.
+  site, source = 'h.1.mlp.post_act', 'h.0.resid.post_mlp'
+  mask = np.random.default_rng(4).random((4, 12, model.config.n_neurons)) < 0.5
+  held = [sites.stop(f'h.{i}.{name}') for i in (1, 2) for name in ('attn_ln.scale', 'attn.qk_probs', 'mlp_ln.scale')]
+  only = lambda mask: sites.acts_and_grads(
+    model, TOKENS, _loss, (source,), [*held, sites.stop('h.2.mlp.post_act'), sites.stop(site, mask)]
+  )[2][source]
+  none, everything = only(np.zeros_like(mask)), only(np.ones_like(mask))
+  assert float(jnp.abs(none - everything).max()) > 1e-3
+  np.testing.assert_allclose(only(mask) + only(~mask), none + everything, atol=1e-4)
+
+
 def test_new_values_do_not_retrace(model):
-  mask = np.zeros((4, 12, 128), bool)
+  mask = np.zeros((4, 12, model.config.n_neurons), bool)
   sites.forward(model, TOKENS, [sites.ablate(SITE, mask)])
   before = sites._forward._cache_size()
   sites.forward(model, (TOKENS + 1) % 53, [sites.ablate(SITE, ~mask)])
@@ -111,10 +165,21 @@ def test_a_misspelt_site_raises_with_the_nearest_names(model, misspelt):
     sites.forward(model, TOKENS, **misspelt)
 
 
-def test_sharded_equals_one_device():
+@pytest.mark.parametrize('name', list(families.CONFIGS))
+def test_sharded_equals_one_device(name):
   def run(data, model_axis):
     with jax.set_mesh(sharding.make_mesh(data, model_axis)):
-      model = gpt2.GPT2(CONFIG, nnx.Rngs(0))
-      return jax.device_get(sites.acts_and_grads(model, TOKENS, _loss, ('h.*.attn.v_out', SITE)))
+      model = families.build(name)
+      edits = [sites.steer('h.0.attn.v_out', jnp.ones(1), np.arange(model.config.n_head)[:, None] == 1)]
+      found = sites.acts_and_grads(model, TOKENS, _loss, ('h.*.attn.v_out', SITE, 'logits'), edits)
+      return jax.device_get(found)
 
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), run(1, 1), run(2, 2))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(1, 1), run(2, 2))
+
+
+@pytest.mark.parametrize('token', [-1, 53])
+def test_a_token_outside_the_vocabulary_raises(model, token):
+  tokens_bt = TOKENS.copy()
+  tokens_bt[2, 7] = token
+  with pytest.raises(ValueError, match=rf'token {token} at row 2, position 7 is outside the vocabulary of 53'):
+    sites.forward(model, tokens_bt)

@@ -1,8 +1,11 @@
 import json
 
+import ml_collections
 import pytest
 
 from train import command, pipeline
+
+CONFIG = ml_collections.ConfigDict({'sae': {'source': 'store'}})
 
 
 class _Stage:
@@ -30,7 +33,7 @@ class _Stage:
 def test_stages_run_in_order_and_the_summary_tells_what_came_out(tmp_path, monkeypatch, capsys):
   ran = []
   monkeypatch.setattr(pipeline, 'STAGES', [_Stage(name, ran) for name in 'abc'])
-  pipeline.run(None, tmp_path)
+  pipeline.run(CONFIG, tmp_path)
   assert ran == ['a', 'b', 'c']
   out = capsys.readouterr().out
   assert 'normalized MSE                             0.2500' in out
@@ -39,11 +42,21 @@ def test_stages_run_in_order_and_the_summary_tells_what_came_out(tmp_path, monke
   assert str(tmp_path / 'report.html') in out
 
 
+def test_it_ends_behind_the_last_stage_that_is_asked_for(tmp_path, monkeypatch, capsys):
+  ran = []
+  monkeypatch.setattr(pipeline, 'STAGES', [_Stage(name, ran) for name in 'abc'])
+  pipeline.run(ml_collections.ConfigDict({**CONFIG, 'last_stage': 'b'}), tmp_path)
+  assert ran == ['a', 'b']
+  assert 'report.html' not in capsys.readouterr().out
+  with pytest.raises(ValueError, match="last_stage 'd' is unknown; choose one of a, b, c"):
+    pipeline.run(ml_collections.ConfigDict({**CONFIG, 'last_stage': 'd'}), tmp_path)
+
+
 def test_a_stage_that_stops_stops_the_pipeline(tmp_path, monkeypatch):
   ran = []
   monkeypatch.setattr(pipeline, 'STAGES', [_Stage('a', ran), _Stage('b', ran, stops=True), _Stage('c', ran)])
   with pytest.raises(command.Stopped):
-    pipeline.run(None, tmp_path)
+    pipeline.run(CONFIG, tmp_path)
   assert ran == ['a', 'b']
 
 
