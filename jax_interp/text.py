@@ -385,7 +385,7 @@ class Windows:
       max_documents: ends behind so many documents of the source, those of the other split and other hosts included,
         0: never.
       host: number of this host of `n_hosts`, to whom the split's documents are dealt in turn.
-      position: to go on from.
+      position: to go on from, with the same tokenizer.
 
     Raises:
       FileNotFoundError, ValueError, ImportError: an argument is none of the above; or, while reading, the source is no
