@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import google_crc32c
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -26,13 +27,12 @@ from jax_interp import activations, text
 
 TOKENS = 'tokens'
 DTYPES = ('bfloat16', 'float32')
-_RUN = 64  # examples of one read
-_ROWS_EXAMPLES = 1024  # of which rows are taken at a time: 0.1 GB for GPT-2 small in bfloat16, 64 tokens
+_RUN = 64  # examples that are read at a time where not all are kept: 6 MB for GPT-2 small in bfloat16, 64 tokens
+_CRC = 4  # bytes of a checksum
 KEPT_CHECKPOINTS = 2
 _MANIFEST, _COMMITS = 'manifest.json', 'commits/'
 # One context for the process: stores share a cache of shard indices, and memory:// URLs share their contents.
-# Files are mapped, not copied, to be read: half the time.
-_CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}, 'file_io_mode': {'mode': 'memmap'}})
+_CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
 # What tensorstore reports for a file that is cut short or altered; anything else (network, permission) is not damage.
 _DAMAGE = ('DATA_LOSS', 'FAILED_PRECONDITION', 'OUT_OF_RANGE')
 
@@ -57,6 +57,7 @@ class ActivationStore:
 
   def __init__(self, where: str, kvstore: ts.KvStore, manifest: dict[str, Any]):
     self.where, self._kvstore, self.manifest = where, kvstore, manifest
+    self._folder = None if '://' in where else pathlib.Path(where)
     self.n_examples, self.n_tokens = manifest['n_examples'], manifest['n_tokens']
     self.shard_examples = manifest['shard_examples']
     self._chunk = math.gcd(self.shard_examples, activations.BLOCK)
@@ -242,25 +243,31 @@ class ActivationStore:
     self._check(site)
     return functools.partial(self._read, site)
 
-  def rows(self, site: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns `read(tokens)`: int [n] in any order, example * n_tokens + token -> activations [n, ...] of these tokens.
+  def rows(self, site: str) -> Callable[..., np.ndarray]:
+    """Returns `read(tokens, out=None)`: int [n], example * n_tokens + token, in any order -> activations [n, ...].
 
-    Reads every chunk of BLOCK examples that one of the tokens is in, once.
+    They are written to `out` where it is given. Every chunk of BLOCK examples that a token is in is read once.
 
     Raises:
       ValueError, IndexError: as for `reader`.
     """
     self._check(site)
 
-    def read(tokens):
-      examples, places = np.divmod(np.asarray(tokens), self.n_tokens)
-      wanted, inverse = np.unique(examples, return_inverse=True)
-      x = np.empty((len(tokens), *self._arrays[site].shape[2:]), self._arrays[site].dtype.numpy_dtype)
-      for start in range(0, len(wanted), _ROWS_EXAMPLES):
-        among = (inverse >= start) & (inverse < start + _ROWS_EXAMPLES)
-        found = self._read(site, wanted[start : start + _ROWS_EXAMPLES])
-        x[among] = found[inverse[among] - start, places[among]]
-      return x
+    shape, dtype = self._arrays[site].shape[1:], self._arrays[site].dtype.numpy_dtype
+
+    def read(tokens, out=None):
+      tokens = np.asarray(tokens)
+      out = np.empty((len(tokens), *shape[1:]), dtype) if out is None else out
+      order = np.argsort(tokens, kind='stable')
+      examples, places = np.divmod(tokens[order], self.n_tokens)
+      wanted, starts = np.unique(examples, return_index=True)
+      starts = np.append(starts, len(tokens))
+      for first in range(0, len(wanted), _RUN):
+        some = wanted[first : first + _RUN]
+        part = slice(starts[first], starts[first + len(some)])
+        rows = self._read(site, some).reshape(-1, *shape[1:])
+        out[order[part]] = rows[np.searchsorted(some, examples[part]) * self.n_tokens + places[part]]
+      return out
 
     return read
 
@@ -270,12 +277,20 @@ class ActivationStore:
       raise IndexError(f'examples {examples.min()} to {examples.max()} are wanted of {self.n_examples}; see n_examples')
     if out is None:
       out = np.empty((len(examples), *array.shape[1:]), array.dtype.numpy_dtype)
-    target, reads = ts.array(out), []
+    if self._folder:
+      self._read_files(site, examples, out)
+    else:
+      self._read_objects(site, examples, out)
+    return out
+
+  def _read_objects(self, site, examples, out):
+    array, target = self._arrays[site], ts.array(out)
     try:
       # By runs of neighbours: tensorstore takes four times as long for an array of indices.
-      for start, stop in _runs(examples):
-        first = int(examples[start])
-        reads.append(target[start:stop].write(array[first : first + stop - start]))
+      reads = [
+        target[start:stop].write(array[int(examples[start]) : int(examples[start]) + stop - start])
+        for start, stop in _runs(examples)
+      ]
       for read in reads:
         read.result()
     except ValueError as e:
@@ -283,21 +298,72 @@ class ActivationStore:
         raise
       if len(examples) == 1:
         raise self._damaged(site, examples[0]) from e
-      for example in examples:  # one of them says which it is
-        self._read(site, [example])
+      for i, example in enumerate(examples):  # one of them says which it is
+        self._read_objects(site, [example], out[i : i + 1])
       raise
     lost = _is_fill(out[(slice(None), *[0] * (out.ndim - 1))])
     if lost.any():
       raise self._damaged(site, examples[lost.argmax()])
-    return out
+
+  def _read_files(self, site, examples, out):
+    """As `_read_objects`, from files of the local disk: four times as fast, for nothing is copied twice."""
+    size = math.prod(out.shape[1:]) * out.itemsize
+    to = out.reshape(-1).view(np.uint8)
+    chunk_of, shards = examples // self._chunk, examples // self.shard_examples
+    starts = np.flatnonzero(np.diff(chunk_of, prepend=-1)).tolist()
+    with contextlib.ExitStack() as files:
+      shard, scratch = None, np.empty(self._chunk * size, np.uint8)
+      for start, stop in itertools.pairwise([*starts, len(examples)]):
+        try:
+          if shards[start] != shard:
+            files.close()
+            shard = shards[start]
+            file = files.enter_context(open(self._folder / self._file(site, shard), 'rb', buffering=0))
+            places = _places(file, self.shard_examples // self._chunk)
+          whole = np.array_equal(examples[start:stop], chunk_of[start] * self._chunk + np.arange(self._chunk))
+          chunk = to[start * size : stop * size] if whole else scratch
+          _read_chunk(file, places[chunk_of[start] % len(places)], chunk)
+        except (FileNotFoundError, _Damaged) as e:
+          raise self._damaged(site, examples[start]) from e
+        for i in range(start, 0 if whole else stop):
+          place = int(examples[i]) % self._chunk * size
+          to[i * size : (i + 1) * size] = scratch[place : place + size]
+
+  def _file(self, site, shard) -> str:
+    return '/'.join([site, 'c', str(shard), *['0'] * (self._arrays[site].rank - 1)])
 
   def _damaged(self, site, example):
     shard = int(example) // self.shard_examples
-    file = '/'.join([site, 'c', str(shard), *['0'] * (self._arrays[site].rank - 1)])
+    file = self._file(site, shard)
     return ValueError(
       f'shard {shard} of {site} in {self.where} is missing or damaged; delete {file} there, if there is one, and run '
       'train.capture again: it captures that shard anew'
     )
+
+
+class _Damaged(Exception):
+  """A file is cut short or altered."""
+
+
+def _places(file, n_chunks) -> np.ndarray:
+  """Returns where each chunk of a shard's file begins, uint64 [n_chunks]: the zarr3 codec "sharding_indexed"."""
+  size = 16 * n_chunks + _CRC
+  end = os.fstat(file.fileno()).st_size
+  index = os.pread(file.fileno(), size, max(end - size, 0))
+  if len(index) < size or _crc(index[:-_CRC]) != index[-_CRC:]:
+    raise _Damaged
+  return np.frombuffer(index[:-_CRC], '<u8')[::2]
+
+
+def _read_chunk(file, place, chunk: np.ndarray):
+  crc = bytearray(_CRC)
+  # One that is not in the shard begins at 2^64 - 1.
+  if place >= 2**63 or os.preadv(file.fileno(), [chunk, crc], int(place)) < len(chunk) + _CRC or _crc(chunk) != crc:
+    raise _Damaged
+
+
+def _crc(content: bytes | np.ndarray) -> bytes:
+  return google_crc32c.value(content).to_bytes(_CRC, 'little')
 
 
 class Writer:
