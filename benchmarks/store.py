@@ -59,11 +59,11 @@ def variants(saved, files):
     for start in range(0, len(every), BUFFER):
       read(every[start : start + BUFFER], out[: len(every) - start])
 
-  def shuffled():
-    batches = activations.shuffled_batches(read, keep, BATCH, BUFFER, 0)
+  batches = activations.shuffled_batches(read, keep, BATCH, BUFFER, 0)
+
+  def shuffled():  # goes on where the last round ended, as training does
     for _ in itertools.islice(batches, keep.size // BATCH):
       pass
-    batches.close()
 
   def random_rows():  # the tokens of as many examples as a buffer holds, in any order
     for start in range(0, len(every), BUFFER):

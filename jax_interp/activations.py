@@ -278,8 +278,11 @@ def shuffled_batches(
         if batch_bd is None:
           batch_bd, filled = np.empty((batch_size, *rows_rd.shape[1:]), rows_rd.dtype), 0
         taken = order_r[row : row + batch_size - filled]
-        # Not mode 'raise', which would go through a buffer so as to leave `out` as it was.
-        np.take(rows_rd, taken, 0, batch_bd[filled : filled + len(taken)], mode='clip')
+        # As plain numbers, for with bfloat16 NumPy would keep the reading thread from running; and not in mode 'raise',
+        # which would go through a buffer so as to leave `out` as it was.
+        plain = f'u{rows_rd.itemsize}'
+        to = batch_bd[filled : filled + len(taken)].view(plain)
+        np.take(rows_rd.view(plain), taken, 0, to, mode='clip')
         row, filled = row + len(taken), filled + len(taken)
         if filled == batch_size:
           yield batch_bd

@@ -1,5 +1,6 @@
 """Activation stores and checkpoints: what is read equals what was written, and damage is told."""
 
+import contextlib
 import errno
 import json
 import os
@@ -66,6 +67,34 @@ def test_random_reads_equal_what_was_written(tmp_path, dtype, place):
     read = again.reader(site)(examples)
     assert read.dtype == x.dtype
     np.testing.assert_array_equal(read, x[examples])
+    out = np.empty_like(x)
+    assert again.reader(site)(np.arange(N_EXAMPLES), out) is out
+    np.testing.assert_array_equal(out, x)
+    by_token = x.reshape(-1, *x.shape[2:])
+    for tokens in (np.array([109, 3, 57, 3, 0]), np.random.default_rng(0).permutation(N_EXAMPLES * N_TOKENS)):
+      out = np.empty_like(by_token[tokens])
+      np.testing.assert_array_equal(again.rows(site)(tokens), by_token[tokens])
+      assert again.rows(site)(tokens, out) is out
+      np.testing.assert_array_equal(out, by_token[tokens])
+
+
+def test_examples_and_tokens_that_are_not_there_are_told(tmp_path):
+  activations = create(tmp_path)
+  fill(activations, range(3))
+  with pytest.raises(IndexError, match='examples -1 to 3 are wanted of 22'):
+    activations.reader(store.TOKENS)(np.array([3, -1]))
+  with pytest.raises(IndexError, match='examples 22 to 22 are wanted of 22'):
+    activations.rows(store.TOKENS)(np.array([N_EXAMPLES * N_TOKENS]))
+
+
+def test_rows_are_many_threads_work_and_one_answer(tmp_path, monkeypatch):
+  """More groups than threads."""
+  monkeypatch.setattr(store, '_RUN', 3)
+  activations = create(tmp_path)
+  fill(activations, range(3))
+  x = contents()[1]['h.1.resid.post_mlp']
+  tokens = np.random.default_rng(0).integers(0, N_EXAMPLES * N_TOKENS, 300)
+  np.testing.assert_array_equal(activations.rows('h.1.resid.post_mlp')(tokens), x.reshape(-1, 6)[tokens])
 
 
 def test_the_width_that_an_sae_reads(tmp_path):
@@ -102,6 +131,55 @@ def test_going_on_with_a_store_keeps_finished_shards(tmp_path):
   assert again.missing() == []
   assert sorted(path.name for path in (tmp_path / 'commits').iterdir()) == ['0', '1', '2']
   assert shard_file(tmp_path, 0).stat().st_mtime_ns == before
+
+
+def test_what_is_kept_is_neither_padding_nor_special(tmp_path):
+  tokens, acts = contents()
+  tokens[3, 2:] = -1
+  activations = create(tmp_path, special_tokens=np.array([tokens[1, 1], tokens[7, 4]]))
+  for shard in range(3):
+    part = activations.shard(shard)
+    activations.write(shard, tokens[part], {site: x[part] for site, x in acts.items()})
+  expected = (tokens != -1) & (tokens != tokens[1, 1]) & (tokens != tokens[7, 4])
+  np.testing.assert_array_equal(activations.keep(), expected)
+  np.testing.assert_array_equal(activations.keep([9, 3]), expected[[9, 3]])
+  with pytest.raises(ValueError, match='of another special_tokens'):
+    create(tmp_path, special_tokens=[0])
+
+
+class Meter:
+  def __init__(self):
+    self.waits = []
+
+  @contextlib.contextmanager
+  def wait(self, cause):
+    yield
+    self.waits.append(cause)
+
+
+def test_batches_become_whole_shards_and_a_part_of_one_is_dropped(tmp_path):
+  activations, meter = create(tmp_path), Meter()
+  tokens, acts = contents()
+  with store.Writer(activations, meter) as writer:
+    for first in (*range(8, 16, 4), *range(16, 22, 4), 0):  # the second shard, the third, half of the first
+      part = slice(first, min(first + 4, N_EXAMPLES))
+      writer.add(first, tokens[part], {site: x[part] for site, x in acts.items()})
+  assert activations.missing() == [0]
+  for site, x in acts.items():
+    np.testing.assert_array_equal(activations.reader(site)(np.arange(8, 22)), x[8:])
+  assert meter.waits == ['disk'] * 3
+
+
+def test_an_error_of_the_writer_comes_out_when_it_is_left(tmp_path):
+  activations = create(tmp_path)
+  tokens, acts = contents()
+  acts['h.0.attn.v_out'][9] = np.nan
+  with (
+    pytest.raises(ValueError, match='activations in shard 1 that are not finite'),
+    store.Writer(activations, Meter()) as writer,
+  ):
+    writer.add(8, tokens[8:16], {site: x[8:16] for site, x in acts.items()})
+  assert activations.missing() == [0, 1, 2]
 
 
 def test_two_writers_lose_no_commit(tmp_path):
