@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_interp import store
+from jax_interp import store, text
 from models import sharding, sites
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999)  # of the window maximum; the top excerpts stand for the rest
@@ -64,7 +64,8 @@ def batches(model, windows_wt: np.ndarray, site: str, sae=None, components=None,
       f'{len(windows_wt)} windows are no whole number of batches of {batch_size}; cut them to a multiple'
     )
   for start in range(0, len(windows_wt), batch_size):
-    tokens_bt = sharding.place(windows_wt[start : start + batch_size], 'batch token')
+    unpadded_bt = np.maximum(windows_wt[start : start + batch_size], 0)  # what no token before it sees
+    tokens_bt = sharding.place(unpadded_bt, 'batch token')
     yield start, _activations(model, tokens_bt, site, sae, components)
 
 
@@ -114,40 +115,56 @@ class Survey:
 
 
 @jax.jit
-def _describe(acts_btc):
-  total = lambda x_btc: x_btc.sum(1).sum(0)  # by token, then by example: on CPU 20 times as fast as both at once
-  maxima_bc = acts_btc.max(1)
+def _describe(acts_btc, keep_bt):
+  keep_bt1 = keep_bt[..., None]
+  kept = lambda x_btc, otherwise: jnp.where(keep_bt1, x_btc, otherwise)
+  total = lambda x_btc: kept(x_btc, 0).sum(1).sum(0)  # by token, then by example: on CPU 20 times as fast as at once
+  maxima_bc, minima_bc = kept(acts_btc, -jnp.inf).max(1), kept(acts_btc, jnp.inf).min(1)
   # Clipped, because rounding could move the mean of a constant off it, and so give the constant a variance.
-  mean_c = jnp.clip(acts_btc.mean(1).mean(0), acts_btc.min(1).min(0), maxima_bc.max(0))
+  mean_c = jnp.clip(total(acts_btc) / keep_bt.sum(), minima_bc.min(0), maxima_bc.max(0))
   deviation = acts_btc - mean_c
   square = deviation * deviation
   central = total(square), total(square * deviation), total(square * square)
+  maxima_bc = jnp.where(keep_bt1.any(1), maxima_bc, 0)
   return maxima_bc, total((acts_btc > 0).astype(jnp.float32)), (mean_c, *central)
 
 
-def survey(batches: Batches, n_windows: int) -> Survey:
+def survey(batches: Batches, n_windows: int, keep_wt: np.ndarray | None = None) -> Survey:
   """Returns the window maxima, moments and densities of all components, after one pass over the batches.
 
   The sums of a batch are taken in float32 on the device, and added up in float64.
 
+  Args:
+    batches: in order; see `batches`.
+    n_windows: windows in all.
+    keep_wt: bool, the tokens that count, see `text.kept`; all by default. The maximum of a window without any is 0.
+
   Raises:
-    ValueError: an activation is not finite.
+    ValueError: an activation is not finite, or no token is kept.
   """
   maxima_wc, moments, active_c = None, None, 0
   for start, acts_btc in batches:
-    maxima_bc, active, central = jax.device_get(_describe(acts_btc))
+    keep_bt = _keep(keep_wt, start, acts_btc)
+    maxima_bc, active, central = jax.device_get(_describe(acts_btc, keep_bt))
+    if maxima_wc is None:
+      maxima_wc = np.zeros((n_windows, maxima_bc.shape[1]), np.float32)
+    if not keep_bt.any():
+      continue
     if not np.isfinite(central).all():
       raise ValueError(
         f'activations in windows {start} to {start + len(acts_btc) - 1} are not finite; check the weights'
       )
-    batch = Moments(acts_btc.shape[0] * acts_btc.shape[1], *(x.astype(np.float64) for x in central))
-    if start == 0:
-      maxima_wc, moments = np.zeros((n_windows, maxima_bc.shape[1]), np.float32), batch
-    else:
-      moments += batch
+    batch = Moments(int(keep_bt.sum()), *(x.astype(np.float64) for x in central))
+    moments = batch if moments is None else moments + batch
     maxima_wc[start : start + len(maxima_bc)] = maxima_bc
     active_c = active_c + active.astype(np.float64)
+  if moments is None:
+    raise ValueError(f'none of the tokens of {n_windows} windows is to be kept; give other text')
   return Survey(maxima_wc, moments, active_c / moments.n)
+
+
+def _keep(keep_wt, start, acts_btc) -> np.ndarray:
+  return np.ones(acts_btc.shape[:2], bool) if keep_wt is None else keep_wt[start : start + len(acts_btc)]
 
 
 # Choice of windows
@@ -203,14 +220,17 @@ def _fetch(acts_btc, rows_p, components_p):
 
 
 @jax.jit
-def _count(acts_btc, max_c):
+def _count(acts_btc, keep_bt, max_c):
   part_btc = jnp.ceil(acts_btc * (N_BINS / max_c)).astype(jnp.int32) - 1
-  bin_btc = jnp.where(acts_btc > 0, jnp.clip(part_btc, 0, N_BINS - 1), N_BINS)  # the last is no bin: dropped
+  counts_btc = (acts_btc > 0) & keep_bt[..., None]
+  bin_btc = jnp.where(counts_btc, jnp.clip(part_btc, 0, N_BINS - 1), N_BINS)  # the last is no bin: dropped
   components = jnp.arange(len(max_c))
   return jnp.zeros((N_BINS, len(max_c)), jnp.int32).at[bin_btc, components].add(1, mode='drop')
 
 
-def excerpts(batches: Batches, selection: Selection, n_tokens: int, max_c: np.ndarray) -> tuple[Selection, np.ndarray]:
+def excerpts(
+  batches: Batches, selection: Selection, n_tokens: int, max_c: np.ndarray, keep_wt: np.ndarray | None = None
+) -> tuple[Selection, np.ndarray]:
   """Returns the selected windows' activations and the histograms, after one more pass over the batches.
 
   Args:
@@ -218,6 +238,7 @@ def excerpts(batches: Batches, selection: Selection, n_tokens: int, max_c: np.nd
     selection: the windows wanted.
     n_tokens: tokens per window.
     max_c: the largest activation of each component.
+    keep_wt: as for `survey`; of the rest the excerpts have the activations, the histograms nothing.
 
   Returns:
     The activations, shaped as the selection with one more axis, token (float32, zero where there is no window), and
@@ -231,7 +252,7 @@ def excerpts(batches: Batches, selection: Selection, n_tokens: int, max_c: np.nd
   windows = windows_cx[components, slots]
   histogram = 0
   for start, acts_btc in batches:
-    histogram = histogram + jax.device_get(_count(acts_btc, max_c)).T.astype(np.int64)
+    histogram = histogram + jax.device_get(_count(acts_btc, _keep(keep_wt, start, acts_btc), max_c)).T.astype(np.int64)
     first, last = np.searchsorted(windows, (start, start + len(acts_btc)))
     for low in range(first, last, FETCH):
       part = slice(low, min(low + FETCH, last))
@@ -272,11 +293,12 @@ def _rounded(x: np.ndarray) -> np.ndarray:
 
 
 def _excerpt_records(windows_x, acts_xt, tokens_wt, strings) -> list[dict]:
-  return [
-    {'dataclass_name': 'ActivationRecord', 'tokens': [strings[i] for i in tokens_wt[window]], 'activations': acts}
-    for window, acts in zip(windows_x, _rounded(acts_xt).tolist(), strict=True)
-    if window >= 0
-  ]
+  found = []
+  for window, acts in zip(windows_x, _rounded(acts_xt).tolist(), strict=True):
+    if window >= 0:
+      tokens = [strings[i] for i in tokens_wt[window] if i != text.PAD]  # which stands behind the rest
+      found.append({'dataclass_name': 'ActivationRecord', 'tokens': tokens, 'activations': acts[: len(tokens)]})
+  return found
 
 
 def neuron_records(

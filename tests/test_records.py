@@ -60,6 +60,34 @@ def test_survey_equals_numpy_in_float64(survey, acts_wtc):
   assert np.isnan(result['kurtosis'][CONSTANT])
 
 
+def test_masked_tokens_count_nowhere(acts_wtc, selection):
+  """As NumPy over the kept tokens alone; a window and a batch of which nothing is kept are among them."""
+  keep_wt = np.random.default_rng(0).random(acts_wtc.shape[:2]) < 0.6
+  keep_wt[:BATCH] = False
+  wild = np.where(keep_wt[..., None], acts_wtc, 1e6).astype(np.float32)
+  found = records.survey(in_batches(wild), N_WINDOWS, keep_wt)
+  kept_nc = acts_wtc[keep_wt].astype(np.float64)
+  maxima_wc = np.where(keep_wt[..., None], acts_wtc, -np.inf).max(1)
+  np.testing.assert_array_equal(found.maxima_wc, np.where(keep_wt.any(1)[:, None], maxima_wc, 0))
+  np.testing.assert_allclose(found.density_c, (kept_nc > 0).mean(0))
+  result = found.moments.standardized()
+  np.testing.assert_allclose(result['mean'], kept_nc.mean(0), rtol=2e-5)  # float32 sums over a batch
+  np.testing.assert_allclose(result['variance'][:CONSTANT], kept_nc.var(0)[:CONSTANT], rtol=2e-5)
+  _, histogram = records.excerpts(in_batches(wild), selection, N_TOKENS, found.maxima_wc.max(0), keep_wt)
+  np.testing.assert_array_equal(histogram.sum(1), (kept_nc > 0).sum(0))
+  with pytest.raises(ValueError, match='none of the tokens of 24 windows is to be kept'):
+    records.survey(in_batches(wild), N_WINDOWS, np.zeros_like(keep_wt))
+
+
+def test_padding_is_left_out_of_excerpts(survey, selection, excerpts):
+  tokens_wt = np.full((N_WINDOWS, N_TOKENS), 3)
+  tokens_wt[:, 4:] = -1
+  lines = records.neuron_records(0, selection, excerpts[0], survey.moments, tokens_wt, [*'abcde'])
+  excerpt = next(lines)['random_sample'][0]
+  assert excerpt['tokens'] == ['d'] * 4
+  assert len(excerpt['activations']) == 4
+
+
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 def test_activations_that_are_not_finite_are_refused(acts_wtc, value):
   damaged = acts_wtc.copy()

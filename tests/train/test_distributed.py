@@ -72,12 +72,12 @@ def start(subject, workdir, *flags, n_devices=1):
   )
 
 
-def start_two(subject, workdir, *flags):
+def start_two(subject, workdir, *flags, n_devices=1):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   shared = (f'--coordinator=localhost:{port}', '--n_processes=2', '--heartbeat_timeout=10', *flags)
-  return [start(subject, workdir, *shared, f'--process={i}') for i in range(2)]
+  return [start(subject, workdir, *shared, f'--process={i}', n_devices=n_devices) for i in range(2)]
 
 
 def finish(processes):
@@ -123,6 +123,30 @@ def test_two_processes_leave_the_files_of_one(subject, whole, tmp_path):
   codes, outputs = finish(start_two(subject, tmp_path))
   assert codes == [0, 0], outputs
   assert 'is done already' in outputs[0]
+
+
+def test_two_processes_of_two_devices_leave_the_files_of_one_of_four(subject, tmp_path):
+  """The model is cut over the devices of a process, the batch over the processes; sites are whole either way."""
+  flags = '--config.mesh.model=2', '--config.capture.dtype=float32'
+  codes, outputs = finish([start(subject, tmp_path / 'one', *flags, n_devices=4)])
+  assert codes == [0], outputs
+  codes, outputs = finish(start_two(subject, tmp_path / 'two', *flags, n_devices=2))
+  assert codes == [0, 0], outputs
+  assert_same(tmp_path / 'one', tmp_path / 'two')
+
+
+def test_what_one_process_cannot_do_stops_both(subject, tmp_path):
+  """A folder stands where process 1 would write the file of shard 3; finished shards stay."""
+  blocked = tmp_path / 'store' / 'h.1.mlp.post_act' / 'c' / '3' / '0' / '0'
+  (blocked / 'something').mkdir(parents=True)
+  flags = f'--config.capture.store={tmp_path / "store"}'
+  codes, outputs = finish(start_two(subject, tmp_path, flags))
+  assert codes == [1, 1], outputs
+  assert 'error: process 1: ' in outputs[0]
+  for output in outputs:
+    assert str(blocked) in output
+  n_finished = len(list((tmp_path / 'store' / 'commits').iterdir()))
+  assert 0 < n_finished < N_SHARDS / 2
 
 
 def n_commits(workdir):
