@@ -8,7 +8,19 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ('models', 'jax_interp', 'train', 'configs')
-STAGES = ('text', 'activations', 'store', 'sae', 'records', 'formats', 'llm', 'explain', 'evals', 'report')
+STAGES = (
+  'text',
+  'near_copies',
+  'activations',
+  'store',
+  'sae',
+  'records',
+  'formats',
+  'llm',
+  'explain',
+  'evals',
+  'report',
+)
 ARRAYS = {'jax', 'flax', 'numpy'}  # all that models/ needs of others
 ON_DISK = {'safetensors', 'gguf', 'transformers', 'tokenizers', 'huggingface_hub'}  # and what reads and writes weights
 READ_WEIGHTS = ('pretrained', 'gguf_files', 'sae')

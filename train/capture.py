@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from jax_interp import activations, store, text
 from models import sharding, sites
-from train import command, processes, throughput
+from train import command, processes, throughput, windows
 
 REPORT = 'capture.json'
 CAUSES = ('text', 'device', 'disk')  # what is waited for
@@ -203,7 +203,7 @@ def run(config, workdir):
     subject, names = command.subject(config, workdir), tuple(settings.sites)
     with processes.together():
       shapes = _site_shapes(subject.model, names, settings.batch_size, config.text.window)
-      windows_et = command.windows(config, workdir, subject.tokenizer, 'train')
+      windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
       windows_et = windows_et[: settings.n_tokens // config.text.window]
       if not len(windows_et):
         raise ValueError(

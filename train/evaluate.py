@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_interp import activations, store, text
 from jax_interp.evals import downstream, reconstruction
-from train import command
+from train import command, windows
 from train import sae as train_sae
 
 
@@ -58,7 +58,7 @@ def run(config, workdir):
     return
   subject = command.subject(config, workdir)
   sae = train_sae.load(config, workdir)
-  windows_et = command.windows(config, workdir, subject.tokenizer, 'held_out')
+  windows_et = windows.prepared(config, workdir, subject.tokenizer, 'held_out')
   n_batches = min(settings.n_tokens, windows_et.size) // (settings.batch_size * config.text.window)
   if not n_batches:
     raise ValueError(

@@ -20,7 +20,7 @@ from flax import nnx
 
 from jax_interp import store, text
 from models import gpt2, pretrained, sharding, sites
-from train import command
+from train import command, windows
 
 BIGRAM_ADDED = 1.0  # pseudo-counts spread over the vocabulary by the unigram distribution
 EVAL_BATCH = 32  # windows a shard of the data axis
@@ -181,7 +181,7 @@ def run(config, workdir):
     bpe = train_tokenizer(_first_characters(text.documents(source, 'train', field)), lm.n_vocab)
     store.write_lines(folder / 'model' / 'tokenizer.json', [bpe.to_str(pretty=True)])
   tokenizer = pretrained.load_tokenizer(str(folder / 'model'))
-  train_et, held_out_et = (command.windows(config, workdir, tokenizer, split, lm.n_ctx) for split in text.SPLITS)
+  train_et, held_out_et = (windows.prepared(config, workdir, tokenizer, split, lm.n_ctx) for split in text.SPLITS)
   if len(train_et) <= lm.batch_size:
     raise ValueError(
       f'the text has {len(train_et)} windows, not more than lm.batch_size {lm.batch_size}; shrink the batch'

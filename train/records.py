@@ -9,9 +9,9 @@ import re
 import jax
 import numpy as np
 
-from jax_interp import records
+from jax_interp import records, text
 from models import sites
-from train import command
+from train import command, windows
 from train import sae as train_sae
 
 
@@ -25,7 +25,7 @@ def _windows(config, workdir, tokenizer) -> np.ndarray:
 
   Were a window to come twice, an explanation could be scored on what it was made from.
   """
-  settings, windows_et = config.records, command.windows(config, workdir, tokenizer, 'train')
+  settings, windows_et = config.records, windows.prepared(config, workdir, tokenizer, 'train')
   windows_et = windows_et[np.sort(np.unique(windows_et, axis=0, return_index=True)[1])]
   n_windows = min(settings.n_windows, len(windows_et)) // settings.batch_size * settings.batch_size
   if not n_windows:
@@ -54,10 +54,11 @@ def _record_kind(folder, kind, subject, windows_et, site, sae, settings, seed):
         raise command.Stopped(f'{folder} keeps the kinds that are finished; the same command begins {kind} anew')
       yield batch
 
-  survey = records.survey(batches(1), len(windows_et))
+  keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
+  survey = records.survey(batches(1), len(windows_et), keep_et)
   selection = records.select(survey.maxima_wc, settings.n_top, settings.n_random, settings.n_quantile, seed)
   max_c = survey.maxima_wc.max(0)
-  acts, histogram = records.excerpts(batches(2), selection, windows_et.shape[1], max_c)
+  acts, histogram = records.excerpts(batches(2), selection, windows_et.shape[1], max_c, keep_et)
   promoted, suppressed = records.promoted_tokens(subject.model, _write_vectors(subject.model, site, sae))
   layer = re.match(r'h\.(\d+)\.', site)
   lines = records.neuron_records(

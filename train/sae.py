@@ -14,7 +14,7 @@ import numpy as np
 from jax_interp import activations, store, text
 from jax_interp.sae import losses, train_step
 from models import sae, sharding
-from train import capture, command
+from train import capture, command, windows
 
 SAMPLE_TOKENS = 32_768  # for pre_bias and mse_scale, as OpenAI's trainer takes
 MULTI_TOPK_RATIO, MULTI_TOPK_WEIGHT = 4, 1 / 8  # L(k) + L(4k) / 8 (Gao et al. 2024)
@@ -37,7 +37,7 @@ def _reader(config, workdir):
     saved.width(site)
     return saved.reader(site), saved.keep()
   subject = command.subject(config, workdir)
-  windows_et = command.windows(config, workdir, subject.tokenizer, 'train')
+  windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
   windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
   read = activations.live_reader(subject.model, windows_et, site, config.capture.batch_size, config.capture.dtype)
   return read, text.kept(windows_et, text.special_ids(subject.tokenizer))

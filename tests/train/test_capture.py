@@ -23,7 +23,7 @@ from flax import nnx
 
 from jax_interp import activations, store, text
 from models import gpt2, pretrained, sharding
-from train import capture, command, processes
+from train import capture, command, processes, windows
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = ['the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'dog', 'ran', 'far']
@@ -96,9 +96,9 @@ def test_stopped_and_resumed_equals_uninterrupted(subject, tmp_path, monkeypatch
   capture.run(config, tmp_path / 'stopped')
   assert same_files(tmp_path / 'whole' / 'activations', tmp_path / 'stopped' / 'activations')
 
-  windows = saved.reader(store.TOKENS)(np.arange(61))
+  windows_et = saved.reader(store.TOKENS)(np.arange(61))
   model = pretrained.load_model(str(subject))
-  for first, acts in activations.stream(model, windows, ('h.*.resid.post_mlp',), 4, dtype='bfloat16'):
+  for first, acts in activations.stream(model, windows_et, ('h.*.resid.post_mlp',), 4, dtype='bfloat16'):
     for site, x in acts.items():
       np.testing.assert_array_equal(saved.reader(site)(np.arange(first, first + len(x))), x)
 
@@ -159,15 +159,15 @@ def copy_of(subject, folder, change):
 
 def unused_token(monkeypatch, example, token):
   """Puts a token of the vocabulary that the text has not into the text."""
-  windows = command.windows
+  prepared = windows.prepared
 
   def changed(*args):
-    windows_et = np.array(windows(*args))
+    windows_et = np.array(prepared(*args))
     assert not (windows_et == token).any()
     windows_et[example, 5] = token
     return windows_et
 
-  monkeypatch.setattr(command, 'windows', changed)
+  monkeypatch.setattr(windows, 'prepared', changed)
 
 
 def test_activations_that_are_not_finite_stop_it_and_finished_shards_stay(subject, tmp_path, monkeypatch):
@@ -195,14 +195,14 @@ def test_a_token_outside_the_vocabulary_stops_it(subject, tmp_path, monkeypatch)
 
 def test_padding_and_special_tokens_are_stored_and_not_kept(subject, tmp_path, monkeypatch):
   tokenizer = pretrained.load_tokenizer(str(subject))
-  windows = command.windows
+  prepared = windows.prepared
 
   def padded(*args):
-    windows_et = np.array(windows(*args))
+    windows_et = np.array(prepared(*args))
     windows_et[3, 9:] = text.PAD
     return windows_et
 
-  monkeypatch.setattr(command, 'windows', padded)
+  monkeypatch.setattr(windows, 'prepared', padded)
   with jax.set_mesh(sharding.make_mesh()):
     config = make_config(subject)
     capture.run(config, tmp_path)

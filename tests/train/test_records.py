@@ -8,7 +8,7 @@ import pytest
 
 from jax_interp import records
 from models import pretrained, sae, sites
-from train import command
+from train import command, windows
 from train import records as train_records
 from train import sae as train_sae
 
@@ -49,24 +49,26 @@ def test_records_hold_what_the_model_computes(workdir, config):
   train_records.run(config, workdir)
   model = pretrained.load_model('embedded')
   tokenizer = pretrained.load_tokenizer('embedded')
-  windows = command.windows(config, workdir, tokenizer, 'train')[:N_WINDOWS]
-  _, acts = sites.forward(model, windows, capture=(SITE, 'h.2.mlp.post_act'))
+  windows_et = windows.prepared(config, workdir, tokenizer, 'train')[:N_WINDOWS]
+  _, acts = sites.forward(model, windows_et, capture=(SITE, 'h.2.mlp.post_act'))
   true = {'latents': sae.load_sae(workdir / 'sae' / 'final').encode(acts[SITE])[0], 'neurons': acts['h.2.mlp.post_act']}
   for kind, n, layer in (('latents', N_LATENTS, 1), ('neurons', N_NEURONS, 2)):
     lines, arrays = records.read(workdir / 'records', kind)
     acts_wtc = np.asarray(true[kind])
+    kept_nc = acts_wtc[windows_et != tokenizer.eos_token_id]
+    assert len(kept_nc) < N_WINDOWS * WINDOW
     assert len(lines) == n
-    np.testing.assert_allclose(arrays['max'], acts_wtc.max((0, 1)), atol=1e-5)
-    np.testing.assert_allclose(arrays['density'], (acts_wtc > 0).mean((0, 1)), atol=3e-3)  # rounding at the k-th
-    np.testing.assert_allclose(arrays['histogram'].sum(1), arrays['density'] * N_WINDOWS * WINDOW)
+    np.testing.assert_allclose(arrays['max'], kept_nc.max(0), atol=1e-5)
+    np.testing.assert_allclose(arrays['density'], (kept_nc > 0).mean(0), atol=3e-3)  # rounding at the k-th
+    np.testing.assert_allclose(arrays['histogram'].sum(1), arrays['density'] * len(kept_nc))
     assert arrays['edges'].shape == (n, records.N_BINS + 1)
     assert arrays['promoted_tokens'].shape == arrays['suppressed_tokens'].shape == (n, records.N_PROMOTED)
     for index in (0, n - 1, int(np.argmax(arrays['max']))):
       record = lines[index]
       assert record['neuron_id']['layer_index'] == layer
-      np.testing.assert_allclose(record['mean'], acts_wtc[..., index].mean(), atol=1e-4)
+      np.testing.assert_allclose(record['mean'], kept_nc[:, index].mean(), atol=1e-4)
       for excerpt, window in zip(record['random_sample'], arrays['random_windows'][index], strict=True):
-        assert excerpt['tokens'] == [tokenizer.decode([i]) for i in windows[window]]
+        assert excerpt['tokens'] == [tokenizer.decode([i]) for i in windows_et[window]]
         np.testing.assert_allclose(excerpt['activations'], acts_wtc[window, :, index], rtol=1e-3, atol=1e-5)
 
 
