@@ -1,8 +1,11 @@
 import errno
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import jax
@@ -13,9 +16,10 @@ import safetensors.numpy
 from flax import nnx
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from models import gpt2, pretrained
+from models import gpt2, llama, pretrained, sharding
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'gpt2'
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = ROOT / 'tests' / 'golden' / 'gpt2'
 
 
 def _copy(tmp_path) -> pathlib.Path:
@@ -29,6 +33,42 @@ def test_what_is_saved_is_loaded_again(mesh, tmp_path):
   pretrained.save_model(tmp_path, model, jnp.bfloat16)
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model)
   jax.tree.map(np.testing.assert_array_equal, rounded, pretrained.load_model(str(tmp_path)))
+
+
+LOAD = """
+import pathlib, sys
+import jax
+import numpy as np
+from jax_interp import activations
+from models import pretrained, sharding
+jax.set_mesh(sharding.make_mesh())
+status = lambda field: int(pathlib.Path('/proc/self/status').read_text().split(field + ':')[1].split()[0]) * 1024
+before = status('VmRSS')
+model = pretrained.load_model(sys.argv[1])
+jax.block_until_ready(jax.tree.leaves(model))
+for _, acts in activations.stream(model, np.zeros((2, 8), np.int32), ('h.1.resid.post_mlp',), 2):
+  assert acts['h.1.resid.post_mlp'].shape == (2, 8, 1024)
+print(status('VmHWM') - before, sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/status').is_file(), reason='no /proc, where the peak is read')
+def test_loading_and_capturing_never_hold_the_weights_twice(tmp_path):
+  config = gpt2.GPT2Config(n_layer=10, n_head=16, d_model=1024, n_ctx=64, n_vocab=4096)
+  with jax.set_mesh(sharding.make_mesh()):
+    pretrained.save_model(tmp_path, gpt2.GPT2(config, nnx.Rngs(0)))
+  found = subprocess.run(
+    [sys.executable, '-c', LOAD, str(tmp_path)],
+    cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert found.returncode == 0, found.stderr
+  peak, weights = map(int, found.stdout.split())
+  assert weights > 500e6
+  assert peak < 1.5 * weights  # compiling and the runtime take about 150 MB; two copies would be 2
 
 
 def test_a_hub_id_is_fetched_and_loaded(mesh, monkeypatch):
@@ -100,6 +140,81 @@ def test_a_config_that_does_not_fit_raises(mesh, tmp_path, change, message):
   (folder / 'config.json').write_text(json.dumps(config | change))
   with pytest.raises(ValueError, match=message):
     pretrained.load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'hidden_act': 'gelu'}, "hidden_act is 'gelu'; our model computes with 'silu' only"),
+    ({'attention_bias': True}, 'attention_bias is True'),
+    ({'mlp_bias': True}, 'mlp_bias is True'),
+    ({'rope_parameters': {'rope_type': 'yarn'}}, "rope_type is 'yarn'; our Llama has default, linear and llama3"),
+    ({'num_hidden_layers': 4}, r'lacks 9 tensors, layers\.3\.'),
+    ({'tie_word_embeddings': False, 'vocab_size': 100}, r'weight has shape \(101, 48\), config.json asks for \(100, 48\)'),
+    ({'max_position_embeddings': None}, 'lacks max_position_embeddings; it is not a whole config of a llama'),
+  ],
+)
+def test_a_llama_config_that_does_not_fit_raises(mesh, tmp_path, change, message):
+  shutil.copytree(GOLDEN.parent / 'llama', tmp_path / 'model')
+  path = tmp_path / 'model' / 'config.json'
+  config = {key: value for key, value in {**json.loads(path.read_text()), **change}.items() if value is not None}
+  path.write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=message):
+    pretrained.load_model(str(tmp_path / 'model'))
+
+
+def test_rotary_settings_are_read_from_old_and_new_configs(tmp_path):
+  shutil.copytree(GOLDEN.parent / 'llama', tmp_path / 'model')
+  path = tmp_path / 'model' / 'config.json'
+  config = {key: value for key, value in json.loads(path.read_text()).items() if 'rope' not in key}
+  read = lambda **fields: (path.write_text(json.dumps(config | fields)), pretrained._read_config(tmp_path / 'model'))[
+    1
+  ][1]
+  linear = {'factor': 4.0}
+  assert read().rope_theta == 10000.0
+  assert read(rope_theta=5e5).rope_theta == read(rope_parameters={'rope_theta': 5e5}).rope_theta == 5e5
+  for found in (
+    read(rope_scaling={'type': 'linear', **linear}),
+    read(rope_parameters={'rope_type': 'linear', **linear}),
+  ):
+    assert found.rope_divisors == (4.0,) * 4
+  scaled = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
+  found = read(rope_scaling={'rope_type': 'llama3', **scaled})
+  assert found.rope_divisors == llama.llama3_divisors(8, 10000.0, 8.0, 1.0, 4.0, 16)
+  assert min(found.rope_divisors) == 1.0 < max(found.rope_divisors) == pytest.approx(8.0)
+
+
+def test_special_tokens_are_those_of_the_tokenizer_s_config(tmp_path):
+  shutil.copy(pretrained.EMBEDDED_FOLDER / 'tokenizer.json', tmp_path)
+  config = {
+    'bos_token': {'content': ' the'.replace(' ', '\u0120')},
+    'eos_token': pretrained.END_OF_TEXT,
+    'pad_token': None,
+  }
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  tokenizer = pretrained.load_tokenizer(str(tmp_path))
+  assert tokenizer.bos_token_id == tokenizer.convert_tokens_to_ids('\u0120the') is not None
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '</s>'}))
+  with pytest.raises(ValueError, match=r"has no eos_token '</s>'"):
+    pretrained.load_tokenizer(str(tmp_path))
+
+
+def test_a_revision_of_a_hub_id_is_asked_for(mesh, monkeypatch):
+  asked = []
+
+  def download(source, revision, allow_patterns):
+    asked.append((source, revision, '*.safetensors' in allow_patterns))
+    return str(GOLDEN)
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  pretrained.load_model('openai-community/gpt2@e7da7f2')
+  pretrained.load_model('openai-community/gpt2')
+  assert asked == [('openai-community/gpt2', 'e7da7f2', True), ('openai-community/gpt2', None, True)]
+
+
+def test_a_gguf_file_that_is_nowhere_raises():
+  with pytest.raises(FileNotFoundError, match=r"no model at 'nowhere\.gguf'"):
+    pretrained.load_model('nowhere.gguf')
 
 
 def test_the_fingerprint_changes_with_the_weights(tmp_path):
