@@ -178,9 +178,9 @@ def test_rotary_settings_are_read_from_old_and_new_configs(tmp_path):
     read(rope_parameters={'rope_type': 'linear', **linear}),
   ):
     assert found.rope_divisors == (4.0,) * 4
-  scaled = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
+  scaled = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}
   found = read(rope_scaling={'rope_type': 'llama3', **scaled})
-  assert found.rope_divisors == llama.llama3_divisors(8, 10000.0, 8.0, 1.0, 4.0, 16)
+  assert found.rope_divisors == llama.llama3_divisors(8, 10000.0, 8.0, 1.0, 4.0, 32)
   assert min(found.rope_divisors) == 1.0 < max(found.rope_divisors) == pytest.approx(8.0)
 
 
