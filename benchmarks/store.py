@@ -53,7 +53,8 @@ def variants(saved, files):
     for path in files:
       np.fromfile(path, np.uint8)
 
-  out = np.zeros((BUFFER, N_TOKENS, D), ml_dtypes.bfloat16)
+  out = np.empty((BUFFER, N_TOKENS, D), ml_dtypes.bfloat16)  # not zeros, for which NumPy asks for no huge pages
+  out[:] = 0
 
   def in_order():
     for start in range(0, len(every), BUFFER):

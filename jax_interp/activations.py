@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax_interp import text
 from models import sharding, sites
 
+_BUFFERS = 3  # one that is read, one whose batches are given, and one of which the last batch is still in use
 BLOCK = 4  # examples that are read together, and a store's chunk: 0.4 MB for GPT-2 small in bfloat16, 64 tokens
 
 
@@ -195,9 +197,9 @@ def width(site: str, shape: Sequence[int]) -> int:
 def live_reader(
   model, windows_et: np.ndarray, site: str, batch_size: int = 32, dtype: str = 'float32'
 ) -> Callable[..., np.ndarray]:
-  """Returns `read(examples, out=None)`: int [n] -> activations [n, token, d] of one site, computed anew each time.
+  """Returns `read(examples, out=None, to=None)`: int [n] -> activations [n, token, d] of one site, computed anew.
 
-  It may be called from any thread.
+  It may be called from any thread; `out` and `to` are as for `ActivationStore.reader`.
 
   Raises:
     ValueError: the site's activations are not [example, token, d]: see `width`.
@@ -205,10 +207,15 @@ def live_reader(
   tokens_et, mesh = jax.ShapeDtypeStruct(windows_et.shape, jnp.int32), jax.sharding.get_mesh()
   width(site, sites.site_shapes(model, tokens_et, (site,))[site].shape)
 
-  def read(examples, out=None):
+  def read(examples, out=None, to=None):
     with jax.set_mesh(mesh):  # which is a thread's own
-      batches = stream(model, windows_et[examples], (site,), batch_size, dtype=dtype)
-      return np.concatenate([acts[site] for _, acts in batches], out=out)
+      batches = [acts[site] for _, acts in stream(model, windows_et[examples], (site,), batch_size, dtype=dtype)]
+    if to is None:
+      return np.concatenate(batches, out=out)
+    x_etd = np.concatenate(batches)
+    out = np.empty((to.max() + 1, x_etd.shape[-1]), x_etd.dtype) if out is None else out
+    out[to[to >= 0]] = x_etd[to >= 0]
+    return out
 
   return read
 
@@ -224,12 +231,12 @@ def shuffled_batches(
   """Yields shuffled activations [batch_size, d] without end; the row of every token to keep comes once an epoch.
 
   Each epoch permutes blocks of BLOCK neighbouring examples, fills a buffer with the next of them and permutes its rows;
-  the next buffer is read meanwhile, so that two are in memory. A batch is a function of the seed and its number: a
-  checkpoint need keep no more than the step, and resuming rereads one buffer.
+  the next buffer is read meanwhile. A batch is a part of a buffer, which stays in memory as long as one of its batches
+  does: two or three are. A batch is a function of the seed and its number: a checkpoint need keep no more than the
+  step, and resuming rereads one buffer.
 
   Args:
-    read: (int [n], ascending, out=None) -> activations [n, token, d], written to `out` where it is given, called from
-      another thread; `ActivationStore.reader(site)` or `live_reader`.
+    read: `ActivationStore.reader(site)` or `live_reader`; called from another thread.
     keep_et: bool [example, token]: which tokens are wanted; `ActivationStore.keep()` or `text.kept`.
     batch_size: rows a batch; a batch may end one epoch and begin the next.
     buffer_examples: examples that are mixed at a time.
@@ -243,51 +250,58 @@ def shuffled_batches(
   if not kept_e.any():
     raise ValueError(f'all {keep_et.size} tokens are padding or special, so none is left; give other text')
   n_examples, fills = len(keep_et), -(-len(keep_et) // buffer_examples)
-  buffers = [np.empty(0), np.empty(0)]
+  buffers = []
 
   def examples_of(epoch):
     return _block_order(n_examples, np.random.default_rng((seed, epoch, 0)))
 
   def load(number, examples):
-    """Returns rows [n, d] of a fill and the order to take the kept ones in."""
+    """Returns the kept rows [n, d] of a fill, shuffled."""
     epoch, fill = divmod(number, fills)
     examples = np.sort(examples[fill * buffer_examples : (fill + 1) * buffer_examples])
-    buffer = buffers[number % 2]
-    acts_etd = read(examples, buffer[: len(examples)] if len(buffer) >= len(examples) else None)
-    if len(buffer) < len(examples):
-      buffers[number % 2] = acts_etd
     rows = np.flatnonzero(keep_et[examples])
-    order = np.random.default_rng((seed, epoch, 1 + fill)).permutation(len(rows))
-    return acts_etd.reshape(-1, *acts_etd.shape[2:]), rows[order]
+    to = np.full(keep_et[examples].shape, -1)
+    to.flat[np.random.default_rng((seed, epoch, 1 + fill)).permutation(rows)] = np.arange(len(rows))
+    # Memory that no batch uses any more is used again: touched for the first time, it costs as much as reading.
+    for i, n_references in enumerate(_references(buffers)):
+      if n_references == _UNUSED and len(buffers[i]) >= len(rows):
+        return read(examples, buffers[i][: len(rows)], to)
+    found = read(examples, None, to)
+    buffers[:] = [*buffers, found][-_BUFFERS:]
+    return found
 
   epoch, row = divmod(start_step * batch_size, kept_e.sum())
   order = examples_of(epoch)
   ends = np.cumsum(np.add.reduceat(kept_e[order], np.arange(0, n_examples, buffer_examples)))
   fill = np.searchsorted(ends, row, 'right')
   row -= ends[fill - 1] if fill else 0
-  batch_bd, filled = None, 0
+  left_bd = None  # of the buffer before, less than a batch
   with concurrent.futures.ThreadPoolExecutor(1) as reader:
     first = epoch * fills + fill
     loading = reader.submit(load, first, order)
     for number in itertools.count(first + 1):
-      rows_rd, order_r = loading.result()
+      rows_rd = loading.result()[row:]
+      row = 0
       if number % fills == 0:
         order = examples_of(number // fills)
       loading = reader.submit(load, number, order)
-      while row < len(order_r):
-        if batch_bd is None:
-          batch_bd, filled = np.empty((batch_size, *rows_rd.shape[1:]), rows_rd.dtype), 0
-        taken = order_r[row : row + batch_size - filled]
-        # As plain numbers, for with bfloat16 NumPy would keep the reading thread from running; and not in mode 'raise',
-        # which would go through a buffer so as to leave `out` as it was.
-        plain = f'u{rows_rd.itemsize}'
-        to = batch_bd[filled : filled + len(taken)].view(plain)
-        np.take(rows_rd.view(plain), taken, 0, to, mode='clip')
-        row, filled = row + len(taken), filled + len(taken)
-        if filled == batch_size:
-          yield batch_bd
-          batch_bd = None
-      row = 0
+      if left_bd is not None:
+        n = batch_size - len(left_bd)
+        left_bd, rows_rd = np.concatenate([left_bd, rows_rd[:n]]), rows_rd[n:]
+        if len(left_bd) < batch_size:
+          continue
+        yield left_bd
+      n_whole = len(rows_rd) // batch_size * batch_size
+      for start in range(0, n_whole, batch_size):
+        yield rows_rd[start : start + batch_size]
+      left_bd = rows_rd[n_whole:].copy() if n_whole < len(rows_rd) else None
+
+
+def _references(things: list) -> list[int]:
+  return [sys.getrefcount(thing) for thing in things]
+
+
+_UNUSED = _references([np.empty(0)])[0]  # of an array that only a list holds
 
 
 def _block_order(n_examples, rng):

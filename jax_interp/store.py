@@ -28,7 +28,7 @@ from jax_interp import activations, text
 TOKENS = 'tokens'
 DTYPES = ('bfloat16', 'float32')
 _RUN = 64  # examples that are read at a time where not all are kept: 6 MB for GPT-2 small in bfloat16, 64 tokens
-_READERS = 2  # threads that read rows
+_READERS = 2  # threads that read files
 _CRC = 4  # bytes of a checksum
 KEPT_CHECKPOINTS = 2
 _MANIFEST, _COMMITS = 'manifest.json', 'commits/'
@@ -232,9 +232,11 @@ class ActivationStore:
     return text.kept(self._read(TOKENS, examples), self.manifest['special_tokens'])
 
   def reader(self, site: str) -> Callable[..., np.ndarray]:
-    """Returns `read(examples, out=None)`: int [n] in any order -> activations [n, token, ...] in the store's dtype.
+    """Returns `read(examples, out=None, to=None)`: int [n] in any order -> activations [n, token, ...] in our dtype.
 
     They are written to `out` where it is given: memory that is touched for the first time costs as much as reading.
+    With `to`, int [n, token], they are written to these rows of `out` [row, ...], none where it is -1: shuffled while
+    they are still in the processor's cache.
     The site `store.TOKENS` reads int32 tokens [n, token]. Neighbours are read fastest. Any thread may read.
 
     Raises:
@@ -254,44 +256,42 @@ class ActivationStore:
     """
     self._check(site)
 
-    shape, dtype = self._arrays[site].shape[1:], self._arrays[site].dtype.numpy_dtype
-
     def read(tokens, out=None):
-      tokens = np.asarray(tokens)
-      out = np.empty((len(tokens), *shape[1:]), dtype) if out is None else out
-      order = np.argsort(tokens, kind='stable')
-      examples, places = np.divmod(tokens[order], self.n_tokens)
-      wanted, starts = np.unique(examples, return_index=True)
-      starts = np.append(starts, len(tokens))
-      plain = f'u{dtype.itemsize}'  # with bfloat16, NumPy lets no other thread run
-
-      def work(reader):
-        found = np.empty((_RUN, *shape), dtype)
-        for first in range(reader * _RUN, len(wanted), _READERS * _RUN):
-          some = wanted[first : first + _RUN]
-          part = slice(starts[first], starts[first + len(some)])
-          rows = self._read(site, some, found[: len(some)]).view(plain).reshape(-1, *shape[1:])
-          taken = np.searchsorted(some, examples[part]) * self.n_tokens + places[part]
-          if not np.array_equal(taken, np.arange(len(rows))):  # all of them, as a rule
-            rows = rows.take(taken, 0, mode='clip')
-          out.view(plain)[order[part]] = rows
-
-      with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(work, range(_READERS)))
+      examples, places = np.divmod(np.asarray(tokens), self.n_tokens)
+      wanted, inverse = np.unique(examples, return_inverse=True)
+      to, numbers = np.full((len(wanted), self.n_tokens), -1), np.arange(len(examples))
+      to[inverse, places] = numbers
+      out = self._read(site, wanted, out, to)
+      written = to[inverse, places]  # of a token that is wanted more than once, one
+      again = np.flatnonzero(written != numbers)
+      out[again] = out[written[again]]
       return out
 
     return read
 
-  def _read(self, site, examples, out=None):
+  def _read(self, site, examples, out=None, to=None):
     array, examples = self._arrays[site], np.asarray(examples)
     if len(examples) and not 0 <= examples.min() <= examples.max() < self.n_examples:
       raise IndexError(f'examples {examples.min()} to {examples.max()} are wanted of {self.n_examples}; see n_examples')
     if out is None:
-      out = np.empty((len(examples), *array.shape[1:]), array.dtype.numpy_dtype)
+      shape = (len(examples), *array.shape[1:]) if to is None else (to.max(initial=-1) + 1, *array.shape[2:])
+      out = np.empty(shape, array.dtype.numpy_dtype)
+    n = max(_RUN, -(-len(examples) // _READERS)) if self._folder else _RUN
+    parts = [slice(i, i + n) for i in range(0, len(examples), n)]
     if self._folder:
-      self._read_files(site, examples, out)
-    else:
+      with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        if to is None:
+          reads = [pool.submit(self._read_files, site, examples[part], out[part], None) for part in parts]
+        else:
+          reads = [pool.submit(self._read_files, site, examples[part], out, to[part]) for part in parts]
+        for read in reads:
+          read.result()
+    elif to is None:
       self._read_objects(site, examples, out)
+    else:
+      for part in parts:
+        x, kept = self._read(site, examples[part]), to[part] >= 0
+        out[to[part][kept]] = x[kept]
     return out
 
   def _read_objects(self, site, examples, out):
@@ -316,10 +316,11 @@ class ActivationStore:
     if lost.any():
       raise self._damaged(site, examples[lost.argmax()])
 
-  def _read_files(self, site, examples, out):
+  def _read_files(self, site, examples, out, to):
     """As `_read_objects`, from files of the local disk: four times as fast, for nothing is copied twice."""
-    size = math.prod(out.shape[1:]) * out.itemsize
-    to = out.reshape(-1).view(np.uint8)
+    row = math.prod(self._arrays[site].shape[2:]) * out.itemsize
+    size = self.n_tokens * row
+    out = out.reshape(-1).view(np.uint8)
     chunk_of, shards = examples // self._chunk, examples // self.shard_examples
     starts = np.flatnonzero(np.diff(chunk_of, prepend=-1)).tolist()
     with contextlib.ExitStack() as files:
@@ -331,14 +332,18 @@ class ActivationStore:
             shard = shards[start]
             file = files.enter_context(open(self._folder / self._file(site, shard), 'rb', buffering=0))
             places = _places(file, self.shard_examples // self._chunk)
-          whole = np.array_equal(examples[start:stop], chunk_of[start] * self._chunk + np.arange(self._chunk))
-          chunk = to[start * size : stop * size] if whole else scratch
+          within = examples[start:stop] % self._chunk
+          direct = to is None and np.array_equal(within, np.arange(self._chunk))
+          chunk = out[start * size : stop * size] if direct else scratch
           _read_chunk(file, places[chunk_of[start] % len(places)], chunk)
         except (FileNotFoundError, _Damaged) as e:
           raise self._damaged(site, examples[start]) from e
-        for i in range(start, 0 if whole else stop):
-          place = int(examples[i]) % self._chunk * size
-          to[i * size : (i + 1) * size] = scratch[place : place + size]
+        if to is not None:  # rows as one thing each: with bfloat16, NumPy would let no other thread run
+          rows, to_rows = scratch.view(f'V{row}').reshape(self._chunk, -1)[within], to[start:stop]
+          kept = to_rows >= 0
+          out.view(f'V{row}')[to_rows[kept]] = rows[kept]
+        elif not direct:
+          out.reshape(-1, size)[start:stop] = scratch.reshape(-1, size)[within]
 
   def _file(self, site, shard) -> str:
     return '/'.join([site, 'c', str(shard), *['0'] * (self._arrays[site].rank - 1)])
