@@ -409,7 +409,7 @@ class Writer:
 
     Args:
       first: its first example; a shard's batches come in order.
-      tokens_et: int32 [example, token], all of one shard.
+      tokens_et: int32 [example, token], all of one shard; of no example, nothing is done.
       acts: {site: [example, token, ...]}.
 
     Raises:
@@ -417,6 +417,8 @@ class Writer:
     """
     if self._writing and self._writing.done():
       self._writing.result()
+    if not len(tokens_et):  # its first example would be the end of the last shard
+      return
     shard = first // self._saved.shard_examples
     examples = self._saved.shard(shard)
     place = slice(first - examples.start, first - examples.start + len(tokens_et))

@@ -161,13 +161,14 @@ def test_batches_become_whole_shards_and_a_part_of_one_is_dropped(tmp_path):
   activations, meter = create(tmp_path), Meter()
   tokens, acts = contents()
   with store.Writer(activations, meter) as writer:
-    for first in (*range(8, 16, 4), *range(16, 22, 4), 0):  # the second shard, the third, half of the first
+    # The second shard, the third, nothing, half of the first.
+    for first in (*range(16, 22, 4), *range(8, 16, 4), N_EXAMPLES, 0):
       part = slice(first, min(first + 4, N_EXAMPLES))
       writer.add(first, tokens[part], {site: x[part] for site, x in acts.items()})
   assert activations.missing() == [0]
   for site, x in acts.items():
     np.testing.assert_array_equal(activations.reader(site)(np.arange(8, 22)), x[8:])
-  assert meter.waits == ['disk'] * 3
+  assert meter.waits == ['disk'] * 3  # twice for the shard before, once at the end
 
 
 def test_an_error_of_the_writer_comes_out_when_it_is_left(tmp_path):
