@@ -162,6 +162,8 @@ def stream(
 
 def _checked(model, tokens_bt, first):
   tokens_bt = np.where(tokens_bt == text.PAD, 0, tokens_bt)
+  if not len(tokens_bt):  # of a process that has nothing left to do
+    return tokens_bt
   try:
     sites.check_tokens(model, tokens_bt)
   except ValueError as e:

@@ -129,18 +129,19 @@ def generate(
       vocabulary, or an edit's array spans another number of tokens.
     KeyError: an edit names no site.
   """
+  sites.check_tokens(model, tokens_bt)
   tokens_bt = np.asarray(tokens_bt, np.int32)
   n_prompt = tokens_bt.shape[1]
   n_tokens_b = np.full(len(tokens_bt), n_prompt, np.int32) if n_tokens_b is None else np.asarray(n_tokens_b, np.int32)
-  if temperature < 0 or not 0 < top_p <= 1 or n_new < 1:
+  if not temperature >= 0 or not 0 < top_p <= 1 or n_new < 1:
     raise ValueError(
       f'temperature {temperature} must be 0 or more, top_p {top_p} above 0 and at most 1, n_new {n_new} at least 1'
     )
   if n_tokens_b.shape != tokens_bt.shape[:1] or ((n_tokens_b < 1) | (n_tokens_b > n_prompt)).any():
     raise ValueError(f'n_tokens_b {n_tokens_b.tolist()} must give each of {len(tokens_bt)} rows 1 to {n_prompt} tokens')
   layers.check_length(n_prompt + n_new, model.config.n_ctx)
-  sites.check_tokens(model, tokens_bt)
   tokens_bt, n_tokens_b = sharding.place(tokens_bt, 'batch token'), sharding.place(n_tokens_b, 'batch')
+  key = sharding.place(key, '')  # made under another mesh or none, it would compile anew
   end_token = np.int32(-1 if end_token is None else end_token)
   return _generate(
     model, tokens_bt, n_tokens_b, key, tuple(edits), np.float32(temperature), np.float32(top_p), end_token, n_new

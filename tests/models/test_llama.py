@@ -45,7 +45,7 @@ def test_smollm2_equals_transformers_loading_the_same_file():
   tokens_bt, positions, vocabulary = (expected.pop(name) for name in ('tokens', 'positions', 'vocabulary'))
   with jax.set_mesh(sharding.make_mesh()):
     logits_btv, acts = sites.forward(pretrained.load_model('smollm2'), tokens_bt, capture=HIDDEN)
-  np.testing.assert_allclose(logits_btv[:, positions][..., vocabulary], expected.pop('logits'), atol=1e-2)
+  np.testing.assert_allclose(logits_btv[:, positions][..., vocabulary], expected.pop('logits'), atol=1e-3)
   for site, x in expected.items():
     # Residual streams reach 20,000 at the first token: float32 sums differ in proportion to the largest.
     np.testing.assert_allclose(acts[site][:, positions], x, atol=2e-6 * np.abs(x).max(), rtol=1e-3, err_msg=site)

@@ -84,7 +84,9 @@ def test_a_model_that_is_nowhere_raises(mesh, monkeypatch):
     raise LocalEntryNotFoundError('offline')
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
-  with pytest.raises(FileNotFoundError, match="no model at 'no/such': it is no folder, and the hub did not give it"):
+  with pytest.raises(
+    FileNotFoundError, match="no model at 'no/such': it is no folder here, and the hub did not give it"
+  ):
     pretrained.load_model('no/such')
 
 
@@ -110,6 +112,46 @@ def test_a_transposed_matrix_raises(mesh, tmp_path):
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   with pytest.raises(ValueError, match=r'h\.1\.mlp\.c_fc\.weight has shape \(128, 32\), .* asks for \(32, 128\)'):
     pretrained.load_model(str(folder))
+
+
+def test_a_tensor_that_our_model_has_not_raises(mesh, tmp_path):
+  folder = pathlib.Path(shutil.copytree(GOLDEN.parent / 'llama', tmp_path / 'model'))
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  bias = {'model.layers.0.self_attn.q_proj.bias': np.full(48, 5.0, np.float32)}
+  safetensors.numpy.save_file({**tensors, **bias}, folder / 'model.safetensors')
+  with pytest.raises(
+    ValueError, match=r'has 1 tensors that our model does not have, layers\.0\.self_attn\.q_proj\.bias'
+  ):
+    pretrained.load_model(str(folder))
+  buffer = {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(4, np.float32)}
+  safetensors.numpy.save_file({**tensors, **buffer}, folder / 'model.safetensors')
+  pretrained.load_model(str(folder))
+  name = 'model.layers.1.mlp.up_proj.weight'
+  safetensors.numpy.save_file({**tensors, name: tensors[name].astype(np.int8)}, folder / 'model.safetensors')
+  with pytest.raises(ValueError, match=r'layers\.1\.mlp\.up_proj\.weight is of type int8; give weights in floating'):
+    pretrained.load_model(str(folder))
+
+
+@pytest.mark.parametrize('content', ['{"model_type": "gpt2", "n_la', '[1, 2]'])
+def test_a_damaged_config_is_named(mesh, tmp_path, content):
+  folder = _copy(tmp_path)
+  (folder / 'config.json').write_text(content)
+  with pytest.raises(ValueError, match=r'model/config\.json (is damaged|holds a list)'):
+    pretrained.load_model(str(folder))
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+  content = (pretrained.EMBEDDED_FOLDER / 'tokenizer.json').read_text('utf-8')
+  (tmp_path / 'tokenizer.json').write_text(content[:1000], 'utf-8')
+  with pytest.raises(ValueError, match=r'is damaged .*; fetch it again'):
+    pretrained.load_tokenizer(str(tmp_path))
+
+
+def test_a_file_of_a_model_and_an_odd_dtype_are_told(mesh):
+  with pytest.raises(ValueError, match=r'model\.safetensors is one file of a model; give its folder'):
+    pretrained.load_model(str(GOLDEN / 'model.safetensors'))
+  with pytest.raises(ValueError, match='dtype float16 is none of float32, bfloat16'):
+    pretrained.load_model(str(GOLDEN), jnp.float16)
 
 
 def test_a_truncated_file_raises(mesh, tmp_path):
@@ -150,7 +192,12 @@ def test_a_config_that_does_not_fit_raises(mesh, tmp_path, change, message):
     ({'mlp_bias': True}, 'mlp_bias is True'),
     ({'rope_parameters': {'rope_type': 'yarn'}}, "rope_type is 'yarn'; our Llama has default, linear and llama3"),
     ({'num_hidden_layers': 4}, r'lacks 9 tensors, layers\.3\.'),
-    ({'tie_word_embeddings': False, 'vocab_size': 100}, r'weight has shape \(101, 48\), config.json asks for \(100, 48\)'),
+    ({'num_hidden_layers': 2}, r'has 9 tensors that our model does not have, layers\.2\.'),
+    ({'quantization_config': {'quant_method': 'gptq'}}, r'weights are quantised \(gptq\)'),
+    (
+      {'tie_word_embeddings': False, 'vocab_size': 100},
+      r'weight has shape \(101, 48\), config.json asks for \(100, 48\)',
+    ),
     ({'max_position_embeddings': None}, 'lacks max_position_embeddings; it is not a whole config of a llama'),
   ],
 )
@@ -213,7 +260,7 @@ def test_a_revision_of_a_hub_id_is_asked_for(mesh, monkeypatch):
 
 
 def test_a_gguf_file_that_is_nowhere_raises():
-  with pytest.raises(FileNotFoundError, match=r"no model at 'nowhere\.gguf'"):
+  with pytest.raises(FileNotFoundError, match=r"no file 'nowhere\.gguf'"):
     pretrained.load_model('nowhere.gguf')
 
 

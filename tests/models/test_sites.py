@@ -177,6 +177,41 @@ def test_sharded_equals_one_device(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(1, 1), run(2, 2))
 
 
+@pytest.mark.parametrize(
+  ('edit', 'message'),
+  [
+    (
+      sites.ablate(SITE, np.ones((5, 4, 12, 1), bool)),
+      r'has an array of shape \(5, 4, 12, 1\), which does not broadcast',
+    ),
+    (sites.steer(SITE, np.ones(7)), rf'an edit at {SITE} has an array of shape \(7,\), which does not broadcast'),
+    (sites.patch(SITE, 0.0, np.ones((8, 1, 1), bool)), r"of shape \(8, 1, 1\), .* \{'batch': 4, 'token': 12, 'neuron'"),
+    (sites.Edit(SITE, lambda x, tap: x[:1]), r'an edit at h\.1\.mlp\.post_act makes \(1, 12, .* an activation keeps'),
+  ],
+)
+def test_an_edit_that_does_not_fit_its_site_raises(mesh, edit, message):
+  with pytest.raises(ValueError, match=message):
+    sites.forward(families.build('gpt2'), TOKENS, [edit])
+
+
+def test_latents_without_a_splice_say_what_is_missing(mesh):
+  with pytest.raises(KeyError, match='it is there where `splice` is among the edits'):
+    sites.forward(families.build('gpt2'), TOKENS, capture=('h.1.resid.post_mlp.latents',))
+
+
+@pytest.mark.parametrize('tokens', [TOKENS[0], TOKENS[:0], TOKENS[:, :0], TOKENS.astype(np.float32), [[]]])
+def test_what_is_no_batch_of_tokens_raises(mesh, tokens):
+  with pytest.raises(ValueError, match=r'are no integers \[batch, token\]'):
+    sites.forward(families.build('gpt2'), tokens)
+
+
+def test_tokens_may_be_a_list_and_capture_no_string(mesh):
+  model = families.build('gpt2')
+  np.testing.assert_array_equal(sites.forward(model, TOKENS.tolist())[0], sites.forward(model, TOKENS)[0])
+  with pytest.raises(TypeError, match='give a tuple of names or globs'):
+    sites.forward(model, TOKENS, capture='h.1.resid.post_mlp')
+
+
 @pytest.mark.parametrize('token', [-1, 53])
 def test_a_token_outside_the_vocabulary_raises(model, token):
   tokens_bt = TOKENS.copy()

@@ -1,14 +1,17 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import ml_collections
 import pytest
 
+from models import pretrained, sharding
 from train import command
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -98,3 +101,14 @@ def test_the_metrics_log_forgets_steps_after_the_checkpoint_and_a_torn_line(tmp_
   command.MetricsLog(tmp_path / 'metrics.jsonl', 20).write({'step': 30, 'loss': 0.5})
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert lines == [{'step': 10, 'loss': 0.1}, {'step': 20, 'loss': 0.05}, {'step': 30, 'loss': 0.5}]
+
+
+def test_a_tokenizer_of_another_model_and_an_odd_dtype_are_told(tmp_path):
+  shutil.copytree(ROOT / 'tests' / 'golden' / 'gpt2', tmp_path / 'model')
+  shutil.copy(pretrained.EMBEDDED_FOLDER / 'tokenizer.json', tmp_path / 'model')
+  config = ml_collections.ConfigDict({'model': {'source': str(tmp_path / 'model'), 'dtype': 'float8'}})
+  with pytest.raises(ValueError, match=r"model\.dtype 'float8' is unknown; choose one of float32, bfloat16"):
+    command.subject(config, tmp_path)
+  config.model.dtype = 'bfloat16'
+  with jax.set_mesh(sharding.make_mesh()), pytest.raises(ValueError, match='has 4096 tokens, the model only 101'):
+    command.subject(config, tmp_path)
