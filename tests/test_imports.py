@@ -9,6 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ('models', 'jax_interp', 'train', 'configs')
 STAGES = (
+  'text_sources',
   'text',
   'near_copies',
   'activations',

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from jax_interp import text
+from jax_interp import text, text_sources
 from models import pretrained
 
 DOCUMENTS = [
@@ -67,7 +67,7 @@ def _hub(monkeypatch, files):
 def small(monkeypatch):
   """Batches and blocks so small that a few hundred documents cross many of their borders."""
   monkeypatch.setattr(text, 'BATCH_DOCUMENTS', 7)
-  monkeypatch.setattr(text, 'PARQUET_ROWS', 11)
+  monkeypatch.setattr(text_sources, 'PARQUET_ROWS', 11)
   monkeypatch.setattr(text, 'SHUFFLE_BLOCK', 32)
 
 
@@ -105,7 +105,7 @@ def test_documents_that_mostly_repeat_are_dropped():
     '\n'.join([*lines[:2], 'x' * 30, 'y' * 30]),
     '\n'.join([*lines[:3], 'z' * 30]),
   )
-  assert list(text.deduplicate([first, first + '\n', half_new, mostly_old])) == [first, half_new]
+  assert list(text_sources.deduplicate([first, first + '\n', half_new, mostly_old])) == [first, half_new]
 
 
 def test_a_jsonl_file_is_cut_at_line_feeds_alone(tmp_path):
@@ -114,6 +114,24 @@ def test_a_jsonl_file_is_cut_at_line_feeds_alone(tmp_path):
   path.write_bytes('\r\n'.join(json.dumps({'text': x}, ensure_ascii=False) for x in documents).encode('utf-8-sig'))
   found = [document for split in text.SPLITS for document in text.documents(str(path), split)]
   assert sorted(found) == sorted(documents)
+
+
+def test_blank_lines_of_a_jsonl_file_are_skipped(tmp_path):
+  path = tmp_path / 'corpus.jsonl'
+  blank = [b'', b' \t\r\n', b'\n\n', b'  \n']
+  lines = [json.dumps({'text': document}).encode() + b'\n' for document in DOCUMENTS[:4]]
+  path.write_bytes(
+    b'\xef\xbb\xbf\n' + b''.join(part for pair in zip(blank, lines, strict=True) for part in pair) + b'\n \n'
+  )
+  _, read = text_sources.open_source(str(path), 'text')
+  found = list(read({}))
+  assert [document for document, _ in found] == DOCUMENTS[:4]
+  assert [position['line'] for _, position in found] == [2, 4, 7, 9]
+  for number, (_, position) in enumerate(found, 1):
+    assert list(read(position)) == found[number:]
+  path.write_bytes(path.read_bytes() + b'bad')
+  with pytest.raises(ValueError, match='line 12: expected a JSON object'):
+    list(read(found[2][1]))
 
 
 def test_half_a_surrogate_pair_in_json_is_a_replacement_character(tmp_path, tokenizer):
@@ -127,30 +145,32 @@ def test_a_txt_file_is_cut_at_blank_lines(tmp_path):
   path = tmp_path / 'corpus.txt'
   content = '\n\n'.join(f'paragraph {number}\n' + chr(97 + number % 26) * 500 for number in range(200)) + '\n\n\n\nend'
   path.write_bytes(content.replace('\n', '\r\n').encode())
-  read = text._txt(path, '', {})
+  read = text_sources._txt(path, '', {})
   documents = [document for document, _ in read]
   assert ''.join(documents) == content
   assert all(document.startswith('paragraph') for document in documents[:-1])
-  assert all(text.TXT_DOCUMENT <= len(document) < text.TXT_DOCUMENT + 1000 for document in documents[:-1])
+  assert all(
+    text_sources.TXT_DOCUMENT <= len(document) < text_sources.TXT_DOCUMENT + 1000 for document in documents[:-1]
+  )
 
 
 def test_a_txt_file_without_blank_lines_or_lines_is_cut_all_the_same(tmp_path, monkeypatch):
-  monkeypatch.setattr(text, 'TXT_LONGEST', 6000)
+  monkeypatch.setattr(text_sources, 'TXT_LONGEST', 6000)
   path = tmp_path / 'corpus.txt'
   for content in ('a line of text\n' * 3000, '\u20ac' * 40_000):
     path.write_text(content, 'utf-8')
-    found = list(text._txt(path, '', {}))
+    found = list(text_sources._txt(path, '', {}))
     assert ''.join(document for document, _ in found) == content
     assert max(len(document.encode()) for document, _ in found) <= 12_000  # paragraphs of 6000
     _, position = found[2]
-    assert list(text._txt(path, '', position)) == found[3:]
+    assert list(text_sources._txt(path, '', position)) == found[3:]
 
 
 def test_the_embedded_text_is_english_and_code_in_megabytes_ordered_by_content():
-  held_out = list(text.documents(text.EMBEDDED, 'held_out'))
+  held_out = list(text.documents(text_sources.EMBEDDED, 'held_out'))
   assert sum(map(len, held_out)) > 500_000
   assert sum('Returns' in document for document in held_out) > 50
-  assert held_out == sorted(held_out, key=text._digest)
+  assert held_out == sorted(held_out, key=text_sources.digest)
 
 
 # Windows
@@ -258,7 +278,7 @@ def test_the_stream_goes_on_exactly_from_every_position(make, tokenizer, small, 
 def test_txt_and_embedded_text_go_on_exactly(tmp_path, tokenizer, small):
   path = tmp_path / 'corpus.txt'
   path.write_text('\n\n'.join(DOCUMENTS * 5))
-  for source in (str(path), text.EMBEDDED):
+  for source in (str(path), text_sources.EMBEDDED):
     stream = text.Windows(source, tokenizer, window=32, shuffle=1, max_tokens=32 * 100)
     states = [(json.dumps(stream.position()), window_t.tolist()) for window_t in stream]
     windows = [window for _, window in states]
