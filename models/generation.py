@@ -141,7 +141,6 @@ def generate(
     raise ValueError(f'n_tokens_b {n_tokens_b.tolist()} must give each of {len(tokens_bt)} rows 1 to {n_prompt} tokens')
   layers.check_length(n_prompt + n_new, model.config.n_ctx)
   tokens_bt, n_tokens_b = sharding.place(tokens_bt, 'batch token'), sharding.place(n_tokens_b, 'batch')
-  key = sharding.place(key, '')  # made under another mesh or none, it would compile anew
   end_token = np.int32(-1 if end_token is None else end_token)
   return _generate(
     model, tokens_bt, n_tokens_b, key, tuple(edits), np.float32(temperature), np.float32(top_p), end_token, n_new

@@ -103,7 +103,7 @@ def test_nothing_follows_an_end_token(model):
 def test_new_values_do_not_retrace(model):
   vector = np.ones(model.config.d_model, np.float32)
   generate = functools.partial(generation.generate, model, n_new=3)
-  generate(PROMPTS, KEY, edits=[sites.steer('h.1.resid.post_mlp', vector)])
+  generate(PROMPTS, jax.random.key(3), edits=[sites.steer('h.1.resid.post_mlp', vector)])
   before = generation._generate._cache_size()
   generate(
     PROMPTS + 1, jax.random.key(9), edits=[sites.steer('h.1.resid.post_mlp', 2 * vector)], temperature=0.3, top_p=0.5
