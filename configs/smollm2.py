@@ -31,7 +31,7 @@ def get_config():
   }
   config.capture = {
     'sites': ('h.14.resid.post_mlp',),
-    'n_tokens': 400_000,
+    'n_tokens': 262_144,
     'dtype': 'bfloat16',
     'batch_size': 32,
     'shard_examples': 256,
@@ -47,7 +47,7 @@ def get_config():
     'auxk': 128,
     'auxk_coef': 1 / 32,
     'dead_tokens': 200_000,
-    'tokens': 1_600_000,
+    'tokens': 1_048_576,
     'batch_size': 2048,
     'buffer_examples': 2048,
     'learning_rate': 1e-3,
@@ -59,9 +59,9 @@ def get_config():
     'checkpoint_every': 200,
     'log_every': 10,
   }
-  config.evaluate = {'n_tokens': 16_384, 'batch_size': 16}
+  config.evaluate = {'n_tokens': 8_192, 'batch_size': 16}
   config.records = {
-    'n_windows': 2048,
+    'n_windows': 1024,
     'n_top': 20,
     'n_random': 15,
     'n_quantile': 5,
@@ -69,7 +69,7 @@ def get_config():
     'batch_size': 16,
   }
   config.explain = {
-    'n_components': 32,  # latents, explained by every method that needs no language model
+    'n_components': 16,  # latents, explained by every method that needs no language model
     'n_llm': 4,  # of them also by the language model
     'n_shown': 3,  # excerpts it is shown of each
     'n_llm_scored': 3,  # top excerpts it simulates of each, and as many random ones
