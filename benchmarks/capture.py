@@ -4,6 +4,10 @@ GPT-2 small with the same random weights for everybody, float32 unless said, the
 Every variant is a process of its own, so that each has its own threads and memory; they take rounds in turn, and the
 medians over the rounds are compared. `--cost` prints what more of something costs ours instead: sites, tokens, devices.
 
+Every peer runs twice: as shipped, and tuned, with torch.set_float32_matmul_precision('medium'), which lets torch
+multiply float32 matrices in lower precision or with other kernels. Ours multiplies as JAX does by default, which on a
+CPU is float32 throughout. What ours captured is compared with what each variant of Hugging Face did.
+
   pip install torch==2.13.0 && pip install --no-deps 'transformer-lens>=2.16.1,<4' && pip install accelerate beartype \
     better-abc einops fancy-einsum jaxtyping rich sentencepiece transformers-stream-generator 'typeguard<5' wandb
   python benchmarks/capture.py [--rounds=5] [--shapes=16x64,8x256] [--cost]
@@ -23,6 +27,7 @@ import time
 
 LAYERS, SITE = 8, 'h.7.resid.post_mlp'  # the residual stream after 8 layers
 SECONDS = 2.0  # of a round, at least
+ERROR_LINES = 20  # printed of a variant that ends early
 OURS = ('ours',)
 PEERS = {
   'Hugging Face eager, 12 layers': ('hf', 'eager', 12),
@@ -33,7 +38,8 @@ PEERS = {
 }
 
 
-# One variant: each builder returns a function that captures one batch and waits for it, and what it captured.
+# One variant: each builder returns a function that captures one batch and waits for it, one that returns what it
+# captured, and how long a batch would take at the device's peak; None for what there is not.
 
 
 def _ours(folder, tokens_bt, dtype, sites=(SITE,)):
@@ -100,6 +106,8 @@ def _worker(job):
   """Takes rounds: for every line on stdin, writes the tokens per second of one."""
   import numpy as np
 
+  answers = os.fdopen(os.dup(1), 'w', buffering=1)
+  os.dup2(2, 1)  # what libraries print is no answer
   kind, *rest = job['variant']
   if job['tuned']:
     import torch
@@ -107,17 +115,17 @@ def _worker(job):
     torch.set_float32_matmul_precision('medium')
   tokens_bt = np.random.default_rng(0).integers(50257, size=job['shape']).astype(np.int32)
   build = {'ours': _ours, 'hf': _hugging_face, 'lens': _transformer_lens}[kind]
-  run, captured, flops = build(job['folder'], tokens_bt, job['dtype'], *rest)
+  run, captured, seconds_at_peak = build(job['folder'], tokens_bt, job['dtype'], *rest)
   run()
   if captured:
     np.save(job['captured'], np.asarray(captured().tolist() if job['dtype'] != 'float32' else captured(), np.float32))
-  print(json.dumps({'seconds_at_peak': flops}), flush=True)
+  print(json.dumps({'seconds_at_peak': seconds_at_peak}), file=answers)
   for _ in sys.stdin:
     n, began = 0, time.perf_counter()
     while n < 2 or time.perf_counter() - began < SECONDS:
       run()
       n += 1
-    print(json.dumps(n * tokens_bt.size / (time.perf_counter() - began)), flush=True)
+    print(json.dumps(n * tokens_bt.size / (time.perf_counter() - began)), file=answers)
 
 
 class _Variant:
@@ -129,20 +137,24 @@ class _Variant:
       'variant': variant, 'shape': shape, 'dtype': dtype, 'folder': folder, 'tuned': tuned, 'captured': self.captured,
     }  # fmt: skip
     flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
-    self._process = subprocess.Popen(
-      [sys.executable, __file__, f'--worker={json.dumps(job)}'],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      text=True,
-      env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])},
-    )
+    self._printed = pathlib.Path(self.captured).with_suffix('.txt')  # by libraries; the traceback if something fails
+    with open(self._printed, 'w') as printed:
+      self._process = subprocess.Popen(
+        [sys.executable, __file__, f'--worker={json.dumps(job)}'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=printed,
+        text=True,
+        env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])},
+      )
     self.seconds_at_peak = self._answer()['seconds_at_peak']
 
   def _answer(self):
     line = self._process.stdout.readline()
     if not line:
-      raise RuntimeError(f'{self.name} ended with {self._process.wait()}; run it alone with --worker to see why')
+      status = self._process.wait()
+      last = self._printed.read_text(errors='replace').splitlines()[-ERROR_LINES:]
+      raise RuntimeError('\n  '.join([f'{self.name} ended with {status}; the last lines that it printed:', *last]))
     return json.loads(line)
 
   def round(self):
@@ -181,12 +193,16 @@ def _compare(shape, dtype, folder, rounds):
   print(f'  {"ours":42} {ours.median:10,.0f}          MFU {mfu:.0%}')
   for peer in peers:
     print(f'  {peer.name:42} {peer.median:10,.0f}  {ours.median / peer.median:5.2f}')
-  for kind, chosen in (('as shipped', peers[::2]), ('tuned', peers[1::2])):
+  kinds = (('as shipped', peers[::2]), ('tuned', peers[1::2]))
+  for kind, chosen in kinds:
     fastest = max(chosen, key=lambda peer: peer.median)
     print(f'  ours / fastest {kind}: {ours.median / fastest.median:.2f} ({fastest.name})')
-  theirs = next(peer for peer in peers if pathlib.Path(peer.captured).exists())
-  difference = np.abs(np.load(ours.captured) - np.load(theirs.captured)).max()
-  print(f'  largest difference of what was captured, ours and {theirs.name}: {difference:.1e}')
+  ours_btd = np.load(ours.captured)
+  for kind, chosen in kinds:
+    same_weights = [peer for peer in chosen if pathlib.Path(peer.captured).exists()]
+    differences = {peer.name: np.abs(ours_btd - np.load(peer.captured)).max() for peer in same_weights}
+    name = max(differences, key=differences.get)
+    print(f'  largest difference to what Hugging Face captured, {kind}: {differences[name]:.1e} ({name})')
 
 
 def _cost(dtype, folder, rounds):

@@ -3,7 +3,8 @@
   python benchmarks/memory.py [--size=gpt2-xl] [--stored=float32] [--dtype=float32] [--site=h.24.resid.post_mlp]
 
 Random weights are written to a temporary folder first (6.2 GB for XL in float32), by another process, so that its
-memory is not counted. The peak is the kernel's VmHWM, pages of the mapped file included.
+memory is not counted. Captured is, by default, the residual stream after the layer in the middle. The peak is the
+kernel's VmHWM, pages of the mapped file included.
 """
 
 import argparse
@@ -27,24 +28,41 @@ def _status(field):
   return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
 
 
+def _shapes(config):
+  """Returns the shapes of the tensors by the names that the released checkpoints have."""
+  d, n = config.d_model, config.n_neurons
+  norm = lambda name: {f'{name}.weight': (d,), f'{name}.bias': (d,)}
+  linear = lambda name, n_in, n_out: {f'{name}.weight': (n_in, n_out), f'{name}.bias': (n_out,)}
+  shapes = {'wte.weight': (config.n_vocab, d), 'wpe.weight': (config.n_ctx, d), **norm('ln_f')}
+  for i in range(config.n_layer):
+    shapes |= norm(f'h.{i}.ln_1') | norm(f'h.{i}.ln_2')
+    shapes |= linear(f'h.{i}.attn.c_attn', d, 3 * d) | linear(f'h.{i}.attn.c_proj', d, d)
+    shapes |= linear(f'h.{i}.mlp.c_fc', d, n) | linear(f'h.{i}.mlp.c_proj', n, d)
+  return shapes
+
+
 def _write(folder, size, stored):
-  """Writes random weights tensor by tensor, in the layout of the released checkpoints."""
+  """Writes random weights in the layout of the released checkpoints: one file, which this process holds once."""
   import json
 
-  import jax
   import ml_dtypes
   import numpy as np
   from safetensors import numpy as safetensors
 
-  from models import pretrained, sharding
-
   config, rng = gpt2.SIZES[size], np.random.default_rng(_SEED)
-  with jax.set_mesh(sharding.make_mesh()):
-    parameters, _ = pretrained._parameters(pretrained._FAMILIES['gpt2'], config)
   dtype = np.dtype(getattr(ml_dtypes, stored, stored))
-  random = lambda parameter: (0.02 * rng.standard_normal(parameter.stored_shape, np.float32)).astype(dtype)
-  safetensors.save_file({p.stored_name: random(p) for p in parameters}, f'{folder}/model.safetensors')
-  pathlib.Path(folder, 'config.json').write_text(json.dumps(pretrained._gpt2_fields(config)))
+  random = lambda shape: (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
+  tensors = {name: random(shape) for name, shape in _shapes(config).items()}
+  safetensors.save_file(tensors, f'{folder}/model.safetensors')
+  fields = {
+    'model_type': 'gpt2',
+    'n_layer': config.n_layer,
+    'n_head': config.n_head,
+    'n_embd': config.d_model,
+    'n_positions': config.n_ctx,
+    'vocab_size': config.n_vocab,
+  }
+  pathlib.Path(folder, 'config.json').write_text(json.dumps(fields))
 
 
 def _load_and_capture(folder, size, dtype, site):
@@ -76,17 +94,18 @@ def main():
   parser.add_argument('--size', default='gpt2-xl', choices=gpt2.SIZES)
   parser.add_argument('--stored', default='float32', choices=('float32', 'bfloat16'))
   parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
-  parser.add_argument('--site', default='h.24.resid.post_mlp')
+  parser.add_argument('--site', help='by default h.{i}.resid.post_mlp of the layer in the middle')
   parser.add_argument('--write', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.write:
     _write(args.write, args.size, args.stored)
     return
+  site = args.site or f'h.{gpt2.SIZES[args.size].n_layer // 2}.resid.post_mlp'
   with tempfile.TemporaryDirectory(dir=os.environ.get('TMPDIR')) as folder:
     subprocess.run(
       [sys.executable, __file__, f'--write={folder}', f'--size={args.size}', f'--stored={args.stored}'], check=True
     )
-    _load_and_capture(folder, args.size, args.dtype, args.site)
+    _load_and_capture(folder, args.size, args.dtype, site)
 
 
 if __name__ == '__main__':
