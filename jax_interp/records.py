@@ -36,14 +36,17 @@ Batches = Iterable[tuple[int, jax.Array]]  # (window number of the first row, ac
 
 
 @functools.partial(jax.jit, static_argnames='site')
-def _activations(model, tokens_bt, site, sae, components):
+def _activations(model, tokens_bt, keep_bt, site, sae, components):
   acts_btc = sites.forward(model, tokens_bt, capture=(site,))[1][site].astype(jnp.float32)
   if sae is not None:
     acts_btc, _ = sae.encode(acts_btc)
-  return acts_btc if components is None else acts_btc[..., components]
+  acts_btc = acts_btc if components is None else acts_btc[..., components]
+  return jnp.where(keep_bt[..., None], acts_btc, 0)
 
 
-def batches(model, windows_wt: np.ndarray, site: str, sae=None, components=None, batch_size: int = 16) -> Iterator:
+def batches(
+  model, windows_wt: np.ndarray, site: str, sae=None, components=None, batch_size: int = 16, keep_wt=None
+) -> Iterator:
   """Yields (first window's number, float32 acts_btc on the device) over all windows, in order.
 
   Args:
@@ -53,6 +56,7 @@ def batches(model, windows_wt: np.ndarray, site: str, sae=None, components=None,
     sae: reads its latents there; None reads the site's own channels.
     components: int array, the latents or channels wanted, in this order; None means all.
     batch_size: windows per forward pass.
+    keep_wt: bool, the tokens that count, see `text.kept`: of the others the activations are 0. All by default.
 
   Raises:
     ValueError: the data axis does not divide batch_size, or the windows are not a whole number of batches (a shorter
@@ -65,8 +69,9 @@ def batches(model, windows_wt: np.ndarray, site: str, sae=None, components=None,
     )
   for start in range(0, len(windows_wt), batch_size):
     unpadded_bt = np.maximum(windows_wt[start : start + batch_size], 0)  # what no token before it sees
-    tokens_bt = sharding.place(unpadded_bt, 'batch token')
-    yield start, _activations(model, tokens_bt, site, sae, components)
+    keep_bt = np.ones(unpadded_bt.shape, bool) if keep_wt is None else keep_wt[start : start + batch_size]
+    tokens_bt, keep_bt = (sharding.place(x_bt, 'batch token') for x_bt in (unpadded_bt, keep_bt))
+    yield start, _activations(model, tokens_bt, keep_bt, site, sae, components)
 
 
 # First pass
@@ -238,7 +243,7 @@ def excerpts(
     selection: the windows wanted.
     n_tokens: tokens per window.
     max_c: the largest activation of each component.
-    keep_wt: as for `survey`; of the rest the excerpts have the activations, the histograms nothing.
+    keep_wt: as for `survey`, and given to `batches`: of the rest, excerpts have 0 and histograms nothing.
 
   Returns:
     The activations, shaped as the selection with one more axis, token (float32, zero where there is no window), and

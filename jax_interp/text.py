@@ -266,8 +266,12 @@ def _batch(found: Iterator[tuple[_Place, str]]) -> list[tuple[_Place, str]]:
 
 
 def special_ids(tokenizer) -> np.ndarray:
-  """Returns the ids of the tokenizer's special tokens (end, beginning, padding, unknown, ...), int32, ascending."""
-  return np.array(sorted(tokenizer.all_special_ids), np.int32)
+  """Returns the ids of the tokenizer's special tokens, int32, ascending.
+
+  They are those with a role (end, beginning, padding, unknown) and all others that stand for no text of their own.
+  """
+  others = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+  return np.array(sorted({*tokenizer.all_special_ids, *others}), np.int32)
 
 
 def kept(tokens_et: np.ndarray, special_ids: np.ndarray) -> np.ndarray:

@@ -3,8 +3,9 @@
 import os
 
 # Nearly all of the time is compiling small programs, which is twice as fast without the back end's optimisations.
-FLAGS = ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + FLAGS
+os.environ['XLA_FLAGS'] = ' '.join([
+  os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+])  # fmt: skip
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax

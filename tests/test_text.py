@@ -5,6 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jax_interp import text, text_sources
 from models import pretrained
@@ -447,3 +448,13 @@ def test_padding_and_special_tokens_are_not_kept():
   assert tokenizer.eos_token_id in ids
   tokens_et = np.array([[5, tokenizer.eos_token_id, 7], [9, text.PAD, text.PAD]], np.int32)
   np.testing.assert_array_equal(text.kept(tokens_et, ids), [[True, False, True], [True, False, False]])
+
+
+def test_special_tokens_are_those_with_a_role_and_those_without_text():
+  tokenizer = pretrained.load_tokenizer('embedded')
+  assert text.special_ids(tokenizer).tolist() == [tokenizer.eos_token_id]
+  tokenizer.add_tokens([tokenizers.AddedToken('<file>', special=True), tokenizers.AddedToken('plain')])
+  file, plain = tokenizer.convert_tokens_to_ids(['<file>', 'plain'])
+  assert text.special_ids(tokenizer).tolist() == [tokenizer.eos_token_id, file]
+  mask_et = text.kept(np.array([[5, file, plain, text.PAD]]), text.special_ids(tokenizer))
+  assert mask_et.tolist() == [[True, False, True, False]]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from jax_interp import records, store
+from jax_interp import records, store, text
 from jax_interp.explain import neuron2graph, results, scores, simulate, token_activation, token_lookup
 from jax_interp.llm import backends, client, cost
 from train import command
@@ -43,17 +43,22 @@ def _stoppable(batches: records.Batches) -> records.Batches:
 
 def _without_llm(explanations: Iterable[tuple[str, Callable]], jobs: Sequence[Job], windows: np.ndarray) -> Results:
   """Turns what a method yields for each job, a text and a function that simulates, into results."""
-  for (target, other), (text, simulate_tokens) in zip(jobs, explanations, strict=True):
+  for (target, other), (explanation, simulate_tokens) in zip(jobs, explanations, strict=True):
     own = _predict(simulate_tokens, target, windows)
     others = _predict(simulate_tokens, other, windows, other.maximum / target.maximum)
-    yield target, {'explanation': text, 'status': 'ok', 'detail': '', 'own': own, 'other': others}
+    yield target, {'explanation': explanation, 'status': 'ok', 'detail': '', 'own': own, 'other': others}
     _check_stopping()
 
 
 def _predict(simulate_tokens: Callable, target: results.Target, windows: np.ndarray, scale: float = 1) -> list[dict]:
   """Simulates a latent's excerpts; `scale` turns the unit of the explained latent into this one's."""
-  acts = [scale * simulate_tokens(windows[e.window]) for e in target.scored]
+  acts = [scale * simulate_tokens(_tokens(windows, e)) for e in target.scored]
   return [{'status': 'ok', 'detail': '', 'simulated': acts_t.tolist()} for acts_t in acts]
+
+
+def _tokens(windows: np.ndarray, excerpt: results.Excerpt) -> np.ndarray:
+  """Returns the tokens of an excerpt, without the padding behind them."""
+  return windows[excerpt.window][: len(excerpt.activations)]
 
 
 def _ask(llm: client.LLM, job: Job, n_shown: int, temperature: float, seed: int) -> dict:
@@ -189,12 +194,13 @@ def run(config, workdir):
 
     def token_lookups(jobs):
       components = np.array([target.index for target, _ in jobs])
-      batches = _stoppable(records.batches(subject.model, windows, site, sae, components, batch_size))
+      keep_wt = text.kept(windows, text.special_ids(subject.tokenizer))
+      batches = _stoppable(records.batches(subject.model, windows, site, sae, components, batch_size, keep_wt))
       excluded = records.scoring_windows(top[components], random[components], n=None)
       return _without_llm(token_lookup.explain(batches, windows, excluded, strings), jobs, windows)
 
     def graphs(jobs):
-      documents = {t.index: [(windows[e.window], np.array(e.activations)) for e in t.shown] for t, _ in jobs}
+      documents = {t.index: [(_tokens(windows, e), np.array(e.activations)) for e in t.shown] for t, _ in jobs}
       reader, padding = neuron2graph.reader(subject.model, site, sae), neuron2graph.padding_token(subject.tokenizer)
       return _without_llm(neuron2graph.explain(documents, reader, padding, strings), jobs, windows)
 

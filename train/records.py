@@ -47,7 +47,7 @@ def _write_vectors(model, site, sae) -> jax.Array:
 
 def _record_kind(folder, kind, subject, windows_et, site, sae, settings, seed):
   def batches(step):
-    found = records.batches(subject.model, windows_et, site, sae, batch_size=settings.batch_size)
+    found = records.batches(subject.model, windows_et, site, sae, batch_size=settings.batch_size, keep_wt=keep_et)
     n_batches, scale = len(windows_et) // settings.batch_size, settings.batch_size
     for batch in command.progress(found, n_batches, f'train.records: {kind}, pass {step} of 2', 'windows', scale=scale):
       if command.stopping():

@@ -67,7 +67,9 @@ def target(index: int, record: dict, top_windows: Sequence[int], random_windows:
 
   top = excerpts('top', top_windows, record['most_positive_activation_records'])
   split = records.splits(top, excerpts('random', random_windows, record['random_sample']), n=None)
-  return Target(index, split['train'], split[SPLIT], float(np.mean([e.activations for e in split['calibration']])))
+  return Target(
+    index, split['train'], split[SPLIT], float(np.mean(np.concatenate([e.activations for e in split['calibration']])))
+  )
 
 
 def fewer(target: Target, n: int) -> Target:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_interp import records
+from jax_interp import records, text
 
 N_SHOWN = 20  # tokens named in an explanation at most
 MIN_SHARE = 0.1  # of the largest mean: a token below that says little of the component
@@ -31,7 +31,7 @@ def means(
 
   Args:
     batches: (first window's number, acts_btc), over all windows.
-    windows_wt: the tokens.
+    windows_wt: the tokens; padding, where activations are 0, does not count.
     excluded_cx: the numbers of the windows that must have no influence on each component's table, -1 for none.
     n_vocab: how many token ids there are; the sums take float32 [n_vocab, c] on the device.
 
@@ -45,10 +45,11 @@ def means(
     keep_bc = (rows[:, None, None] != excluded_cx).all(-1)
     sum_vc = _add(sum_vc, windows_wt[rows], acts_btc, keep_bc)
   sum_vc = np.asarray(sum_vc)
-  count_vc = np.repeat(np.bincount(windows_wt.ravel(), minlength=n_vocab)[:, None], n_components, 1)
+  count = lambda windows_wt: np.bincount(windows_wt[windows_wt != text.PAD], minlength=n_vocab)
+  count_vc = np.repeat(count(windows_wt)[:, None], n_components, 1)
   for count_v, excluded_x in zip(count_vc.T, excluded_cx, strict=True):
     excluded = np.unique(excluded_x[(excluded_x >= 0) & (excluded_x < len(windows_wt))])
-    count_v -= np.bincount(windows_wt[excluded].ravel(), minlength=n_vocab)
+    count_v -= count(windows_wt[excluded])
   overall_c = sum_vc.sum(0) / np.maximum(count_vc.sum(0), 1)
   return np.where(count_vc, sum_vc / np.maximum(count_vc, 1), overall_c).astype(np.float32), count_vc
 

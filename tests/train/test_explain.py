@@ -123,6 +123,38 @@ def _lines(workdir, method):
   return [json.loads(line) for line in (workdir / 'explanations' / f'{method}.jsonl').read_text().splitlines()]
 
 
+def test_padding_and_special_tokens_are_neither_recorded_nor_explained(recorded, tmp_path):
+  (tmp_path / 'subject').mkdir()
+  for path in (recorded / 'subject').iterdir():
+    shutil.copy(path, tmp_path / 'subject')
+  end = pretrained.END_OF_TEXT
+  (tmp_path / 'subject' / 'tokenizer_config.json').write_text(json.dumps({'bos_token': end, 'eos_token': end}))
+  shutil.copy(recorded / 'text.jsonl', tmp_path)
+  config = _config(tmp_path)
+  config.text = {**config.text, 'boundaries': 'padded', 'prepend_bos': True}
+  config.llm.backend = 'none'
+  shutil.copytree(recorded / 'sae', tmp_path / 'sae')
+  (tmp_path / 'sae' / 'config.json').unlink()
+  (tmp_path / 'sae' / 'DONE').unlink()
+  (tmp_path / 'sae' / 'config.json').write_text(json.dumps(command._plain(train_sae.made_with(config, tmp_path))))
+  command.finish(tmp_path / 'sae')
+  train_records.run(config, tmp_path)
+  lengths = set()
+  for kind in ('latents', 'neurons'):
+    for line in (tmp_path / 'records' / f'{kind}.jsonl').read_text().splitlines():
+      record = json.loads(line)
+      for excerpt in [*record['most_positive_activation_records'], *record['random_sample']]:
+        lengths.add(len(excerpt['tokens']))
+        assert excerpt['tokens'][0] == end
+        for token, activation in zip(excerpt['tokens'], excerpt['activations'], strict=True):
+          assert token != end or activation == 0
+  assert max(lengths) == 12 > min(lengths)
+  explain.run(config, tmp_path)
+  summary = json.loads((tmp_path / 'explanations' / 'summary.json').read_text())
+  assert summary['token_lookup']['scores']['ev_correlation']['n'] == 5
+  assert all(end not in line['explanation'] for line in _lines(tmp_path, 'token_lookup'))
+
+
 def test_every_method_is_scored_on_what_it_did_not_see(workdir, config, server, capsys):
   explain.run(config, workdir)
   record_lines = [json.loads(line) for line in (workdir / 'records' / 'latents.jsonl').read_text().splitlines()]
@@ -153,7 +185,8 @@ def test_every_method_is_scored_on_what_it_did_not_see(workdir, config, server, 
   assert set(indices['token_activation']) < set(indices['token_lookup']) == set(indices['neuron2graph'])
   line = _lines(workdir, 'token_activation')[0]
   assert (line['model'], line['simulator']) == ('fake-model', 'all_at_once')
-  assert set(line['explanation'].replace(',', ' ').split()) & {*WORDS}
+  explanations = ' '.join(line['explanation'] for line in _lines(workdir, 'token_activation'))
+  assert set(explanations.replace(',', ' ').split()) & {*WORDS}
   assert 'fake-model explains' in capsys.readouterr().out
   asked = len(server.requests)
   explain.run(config, workdir)
