@@ -2,9 +2,11 @@
 
 Two passes over the windows [example, token]. The first keeps the maximum of every window for every component (a float32
 host array [n_windows, n_components], the largest thing here) and the moments; windows are then chosen on the host; the
-second pass fetches only the chosen windows' activations, and the histograms. Records are JSON lines with the fields of
-OpenAI's NeuronRecord, beside them an .npz with what those fields cannot hold. In names, w is a window, c a component
-and x an excerpt: one of the windows that describe a component.
+second pass fetches only the chosen windows' activations, and the histograms. Both take the mask of the tokens that
+count (`text.kept`): padding and special tokens have no part in maxima, moments, densities and histograms, and in
+excerpts special tokens stand with activation 0. Records are JSON lines with the fields of OpenAI's NeuronRecord, beside
+them an .npz with what those fields cannot hold. In names, w is a window, c a component and x an excerpt: one of the
+windows that describe a component.
 """
 
 import collections.abc
@@ -36,27 +38,23 @@ Batches = Iterable[tuple[int, jax.Array]]  # (window number of the first row, ac
 
 
 @functools.partial(jax.jit, static_argnames='site')
-def _activations(model, tokens_bt, keep_bt, site, sae, components):
+def _activations(model, tokens_bt, site, sae, components):
   acts_btc = sites.forward(model, tokens_bt, capture=(site,))[1][site].astype(jnp.float32)
   if sae is not None:
     acts_btc, _ = sae.encode(acts_btc)
-  acts_btc = acts_btc if components is None else acts_btc[..., components]
-  return jnp.where(keep_bt[..., None], acts_btc, 0)
+  return acts_btc if components is None else acts_btc[..., components]
 
 
-def batches(
-  model, windows_wt: np.ndarray, site: str, sae=None, components=None, batch_size: int = 16, keep_wt=None
-) -> Iterator:
+def batches(model, windows_wt: np.ndarray, site: str, sae=None, components=None, batch_size: int = 16) -> Iterator:
   """Yields (first window's number, float32 acts_btc on the device) over all windows, in order.
 
   Args:
     model: the subject model.
-    windows_wt: int32 tokens.
+    windows_wt: int32 tokens. At padding the activations mean nothing; what reads the batches masks it.
     site: where to read, for example 'h.3.mlp.post_act'.
     sae: reads its latents there; None reads the site's own channels.
     components: int array, the latents or channels wanted, in this order; None means all.
     batch_size: windows per forward pass.
-    keep_wt: bool, the tokens that count, see `text.kept`: of the others the activations are 0. All by default.
 
   Raises:
     ValueError: the data axis does not divide batch_size, or the windows are not a whole number of batches (a shorter
@@ -69,9 +67,7 @@ def batches(
     )
   for start in range(0, len(windows_wt), batch_size):
     unpadded_bt = np.maximum(windows_wt[start : start + batch_size], 0)  # what no token before it sees
-    keep_bt = np.ones(unpadded_bt.shape, bool) if keep_wt is None else keep_wt[start : start + batch_size]
-    tokens_bt, keep_bt = (sharding.place(x_bt, 'batch token') for x_bt in (unpadded_bt, keep_bt))
-    yield start, _activations(model, tokens_bt, keep_bt, site, sae, components)
+    yield start, _activations(model, sharding.place(unpadded_bt, 'batch token'), site, sae, components)
 
 
 # First pass
@@ -220,8 +216,8 @@ def select(maxima_wc: np.ndarray, n_top: int, n_random: int, n_quantile: int, se
 
 
 @jax.jit
-def _fetch(acts_btc, rows_p, components_p):
-  return acts_btc[rows_p, :, components_p]
+def _fetch(acts_btc, keep_bt, rows_p, components_p):
+  return jnp.where(keep_bt[rows_p], acts_btc[rows_p, :, components_p], 0)
 
 
 @jax.jit
@@ -243,7 +239,7 @@ def excerpts(
     selection: the windows wanted.
     n_tokens: tokens per window.
     max_c: the largest activation of each component.
-    keep_wt: as for `survey`, and given to `batches`: of the rest, excerpts have 0 and histograms nothing.
+    keep_wt: as for `survey`. Of the other tokens, excerpts have 0 and histograms nothing.
 
   Returns:
     The activations, shaped as the selection with one more axis, token (float32, zero where there is no window), and
@@ -257,13 +253,14 @@ def excerpts(
   windows = windows_cx[components, slots]
   histogram = 0
   for start, acts_btc in batches:
-    histogram = histogram + jax.device_get(_count(acts_btc, _keep(keep_wt, start, acts_btc), max_c)).T.astype(np.int64)
+    keep_bt = _keep(keep_wt, start, acts_btc)
+    histogram = histogram + jax.device_get(_count(acts_btc, keep_bt, max_c)).T.astype(np.int64)
     first, last = np.searchsorted(windows, (start, start + len(acts_btc)))
     for low in range(first, last, FETCH):
       part = slice(low, min(low + FETCH, last))
       n = part.stop - part.start
       rows, columns = (np.pad(x, (0, FETCH - n)) for x in (windows[part] - start, components[part]))
-      acts_cxt[components[part], slots[part]] = jax.device_get(_fetch(acts_btc, rows, columns))[:n]
+      acts_cxt[components[part], slots[part]] = jax.device_get(_fetch(acts_btc, keep_bt, rows, columns))[:n]
   n_top, n_random = selection.top.shape[1], selection.random.shape[1]
   top, random, quantile = np.split(acts_cxt, [n_top, n_top + n_random], axis=1)
   return Selection(top, random, quantile.reshape(*selection.quantile.shape, n_tokens)), histogram

@@ -73,8 +73,12 @@ def test_masked_tokens_count_nowhere(acts_wtc, selection):
   result = found.moments.standardized()
   np.testing.assert_allclose(result['mean'], kept_nc.mean(0), rtol=2e-5)  # float32 sums over a batch
   np.testing.assert_allclose(result['variance'][:CONSTANT], kept_nc.var(0)[:CONSTANT], rtol=2e-5)
-  _, histogram = records.excerpts(in_batches(wild), selection, N_TOKENS, found.maxima_wc.max(0), keep_wt)
+  acts, histogram = records.excerpts(in_batches(wild), selection, N_TOKENS, found.maxima_wc.max(0), keep_wt)
   np.testing.assert_array_equal(histogram.sum(1), (kept_nc > 0).sum(0))
+  silent_wtc = np.where(keep_wt[..., None], acts_wtc, 0)
+  for windows, values in zip(vars(selection).values(), vars(acts).values(), strict=True):
+    for index in zip(*np.nonzero(windows >= 0), strict=True):
+      np.testing.assert_array_equal(values[index], silent_wtc[windows[index], :, index[0]])
   with pytest.raises(ValueError, match='none of the tokens of 24 windows is to be kept'):
     records.survey(in_batches(wild), N_WINDOWS, np.zeros_like(keep_wt))
 

@@ -195,9 +195,9 @@ def run(config, workdir):
     def token_lookups(jobs):
       components = np.array([target.index for target, _ in jobs])
       keep_wt = text.kept(windows, text.special_ids(subject.tokenizer))
-      batches = _stoppable(records.batches(subject.model, windows, site, sae, components, batch_size, keep_wt))
+      batches = _stoppable(records.batches(subject.model, windows, site, sae, components, batch_size))
       excluded = records.scoring_windows(top[components], random[components], n=None)
-      return _without_llm(token_lookup.explain(batches, windows, excluded, strings), jobs, windows)
+      return _without_llm(token_lookup.explain(batches, windows, keep_wt, excluded, strings), jobs, windows)
 
     def graphs(jobs):
       documents = {t.index: [(_tokens(windows, e), np.array(e.activations)) for e in t.shown] for t, _ in jobs}

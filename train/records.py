@@ -1,7 +1,8 @@
 """Records every latent of the SAE and every MLP neuron of one layer, on the training text.
 
 Leaves workdir/records/{latents,neurons}.{jsonl,npz}, see `jax_interp.records`, and the windows they number,
-windows.npy. Stopped, it keeps the kind that is finished and begins the other anew.
+windows.npy. Padding and special tokens are not recorded. Stopped, it keeps the kind that is finished and begins the
+other anew.
 """
 
 import re
@@ -47,7 +48,7 @@ def _write_vectors(model, site, sae) -> jax.Array:
 
 def _record_kind(folder, kind, subject, windows_et, site, sae, settings, seed):
   def batches(step):
-    found = records.batches(subject.model, windows_et, site, sae, batch_size=settings.batch_size, keep_wt=keep_et)
+    found = records.batches(subject.model, windows_et, site, sae, batch_size=settings.batch_size)
     n_batches, scale = len(windows_et) // settings.batch_size, settings.batch_size
     for batch in command.progress(found, n_batches, f'train.records: {kind}, pass {step} of 2', 'windows', scale=scale):
       if command.stopping():

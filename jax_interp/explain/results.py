@@ -1,6 +1,7 @@
 """Excerpts and what a method simulated for them -> the lines of explanations/<method>.jsonl and their summary.
 
 A target is a component with the excerpts its explanation is made from and, disjoint from them, those it is scored on.
+They end where padding begins, and at special tokens the component counts as silent, as in the records.
 Whatever did not end well (refused, failed, parse_failed, truncated) keeps its status, and is never scored as a 0.
 The null 'other_explanation' of a latent is what another latent's explanation simulates on its excerpts, in its own unit
 (`Target.maximum`), whatever the method, so that all three scores of nulls mean the same.

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
+from jax_interp import text
 from jax_interp.explain import results
 from jax_interp.llm import client, local_server
 from models import gpt2, pretrained, sae, sharding
@@ -153,6 +154,24 @@ def test_padding_and_special_tokens_are_neither_recorded_nor_explained(recorded,
   summary = json.loads((tmp_path / 'explanations' / 'summary.json').read_text())
   assert summary['token_lookup']['scores']['ev_correlation']['n'] == 5
   assert all(end not in line['explanation'] for line in _lines(tmp_path, 'token_lookup'))
+  for line in _lines(tmp_path, 'token_lookup'):
+    for sequence in line['sequences']:
+      assert sequence['simulated'][0] == sequence['true'][0] == 0
+  patterns = '; '.join(line['explanation'] for line in _lines(tmp_path, 'neuron2graph'))
+  assert patterns
+  assert f'{end!r} (' not in patterns  # it may be context, but never what is fired on
+
+
+def test_excerpts_of_unequal_length_are_averaged_by_token_and_simulated_without_their_padding():
+  lengths = [3, 1, 2, 3, 2, 3, 1]  # of 4 top and 3 random excerpts, each a split; the second and fifth calibrate
+  windows = np.where(np.arange(3) < np.array(lengths)[:, None], 5 + np.arange(21).reshape(7, 3), text.PAD)
+  found = [{'tokens': ['a'] * n, 'activations': [float(w)] * n} for w, n in enumerate(lengths)]
+  record = {'most_positive_activation_records': found[:4], 'random_sample': found[4:]}
+  target = results.target(0, record, range(4), range(4, 7))
+  assert target.constant == pytest.approx((1 * 1 + 4 * 2) / 3)
+  assert [e.window for e in target.scored] == [2, 5]
+  simulated = [simulation['simulated'] for simulation in explain._predict(np.array, target, windows)]
+  assert simulated == [[11, 12], [20, 21, 22]]
 
 
 def test_every_method_is_scored_on_what_it_did_not_see(workdir, config, server, capsys):

@@ -54,9 +54,10 @@ def test_records_hold_what_the_model_computes(workdir, config):
   true = {'latents': sae.load_sae(workdir / 'sae' / 'final').encode(acts[SITE])[0], 'neurons': acts['h.2.mlp.post_act']}
   for kind, n, layer in (('latents', N_LATENTS, 1), ('neurons', N_NEURONS, 2)):
     lines, arrays = records.read(workdir / 'records', kind)
-    acts_wtc = np.asarray(true[kind])
-    kept_nc = acts_wtc[windows_et != tokenizer.eos_token_id]
+    acts_wtc, keep_wt = np.asarray(true[kind]), windows_et != tokenizer.eos_token_id
+    kept_nc = acts_wtc[keep_wt]
     assert len(kept_nc) < N_WINDOWS * WINDOW
+    assert not keep_wt[arrays['random_windows']].all()
     assert len(lines) == n
     np.testing.assert_allclose(arrays['max'], kept_nc.max(0), atol=1e-5)
     np.testing.assert_allclose(arrays['density'], (kept_nc > 0).mean(0), atol=3e-3)  # rounding at the k-th
@@ -69,7 +70,8 @@ def test_records_hold_what_the_model_computes(workdir, config):
       np.testing.assert_allclose(record['mean'], kept_nc[:, index].mean(), atol=1e-4)
       for excerpt, window in zip(record['random_sample'], arrays['random_windows'][index], strict=True):
         assert excerpt['tokens'] == [tokenizer.decode([i]) for i in windows_et[window]]
-        np.testing.assert_allclose(excerpt['activations'], acts_wtc[window, :, index], rtol=1e-3, atol=1e-5)
+        silent_t = np.where(keep_wt[window], acts_wtc[window, :, index], 0)
+        np.testing.assert_allclose(excerpt['activations'], silent_t, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_done_is_not_done_again_and_another_config_is_refused(workdir, config, capsys):
