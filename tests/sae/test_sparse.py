@@ -14,13 +14,13 @@ def arguments():
   x_bd, w_ld = rng.normal(size=(B, D)).astype(np.float32), rng.normal(size=(L, D)).astype(np.float32)
   values_bk = rng.normal(size=(B, K)).astype(np.float32)
   indices_bk = rng.integers(L, size=(B, K))  # a latent may come twice in a row
-  return tuple(map(jnp.asarray, (x_bd, w_ld, values_bk, indices_bk)))
+  return tuple(map(jnp.asarray, (x_bd, w_ld, values_bk, indices_bk)))  # of order 1: atol is for sums that cancel
 
 
 def test_sparse_dot_and_its_gradients():
   x_bd, w_ld, grad_bk, indices_bk = arguments()
   out_bk, vjp = jax.vjp(lambda x, w: sparse.sparse_dot(x, w, indices_bk), x_bd, w_ld)
-  np.testing.assert_allclose(out_bk, np.einsum('bd,bkd->bk', x_bd, w_ld[indices_bk]), rtol=1e-5)
+  np.testing.assert_allclose(out_bk, np.einsum('bd,bkd->bk', x_bd, w_ld[indices_bk]), rtol=1e-5, atol=1e-6)
   grad_bl = np.einsum('bk,bkl->bl', grad_bk, np.eye(L)[indices_bk])
   grad_x, grad_w = vjp(grad_bk)
   np.testing.assert_allclose(grad_x, grad_bl @ w_ld, rtol=1e-4, atol=1e-6)
@@ -33,5 +33,5 @@ def test_weighted_sum_and_its_gradients():
   latents_bl = np.einsum('bk,bkl->bl', values_bk, np.eye(L)[indices_bk])
   np.testing.assert_allclose(out_bd, latents_bl @ w_ld, rtol=1e-4, atol=1e-6)
   grad_values, grad_w = vjp(grad_bd)
-  np.testing.assert_allclose(grad_values, np.einsum('bd,bkd->bk', grad_bd, w_ld[indices_bk]), rtol=1e-5)
+  np.testing.assert_allclose(grad_values, np.einsum('bd,bkd->bk', grad_bd, w_ld[indices_bk]), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(grad_w, latents_bl.T @ grad_bd, rtol=1e-4, atol=1e-6)
