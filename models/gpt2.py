@@ -121,11 +121,7 @@ class GPT2(nnx.Module):
     n_tokens = tokens_bt.shape[1]
     layers.check_length(n_tokens, self.config.n_ctx)
     x_btd = self.wte.embedding[...][tokens_bt] + self.wpe.embedding[...][tap.positions(n_tokens)]
-    x_btd = tap('resid.post_emb', x_btd, 'batch token d_model')
-    for i, block in enumerate(self.h):
-      x_btd = block(x_btd, tap.at(f'h.{i}'))
-    x_btd = tap('resid.post_ln_f', self.ln_f(x_btd, tap.at('ln_f')), 'batch token d_model')
-    return tap('logits', layers.unembed(x_btd, self.unembedding), 'batch token vocab')
+    return layers.run(self, x_btd, tap)
 
   @property
   def unembedding(self) -> jax.Array:

@@ -84,9 +84,14 @@ class Block(nnx.Module):
     return tap('resid.post_mlp', x_btd, 'batch token d_model')
 
 
-def unembed(x_btd: jax.Array, unembedding_vd: jax.Array) -> jax.Array:
-  """Returns logits_btv in float32."""
-  return jnp.einsum('btd,vd->btv', x_btd, unembedding_vd, preferred_element_type=jnp.float32)
+def run(model, x_btd: jax.Array, tap: Tap) -> jax.Array:
+  """Returns logits_btv, in float32, of embedded tokens: through the blocks model.h, model.ln_f and the unembedding."""
+  x_btd = tap('resid.post_emb', x_btd, 'batch token d_model')
+  for i, block in enumerate(model.h):
+    x_btd = block(x_btd, tap.at(f'h.{i}'))
+  x_btd = tap('resid.post_ln_f', model.ln_f(x_btd, tap.at('ln_f')), 'batch token d_model')
+  logits_btv = jnp.einsum('btd,vd->btv', x_btd, model.unembedding, preferred_element_type=jnp.float32)
+  return tap('logits', logits_btv, 'batch token vocab')
 
 
 def check_length(n_tokens: int, n_ctx: int):

@@ -150,11 +150,7 @@ class Llama(nnx.Module):
       ValueError: the tokens are longer than the context.
     """
     layers.check_length(tokens_bt.shape[1], self.config.n_ctx)
-    x_btd = tap('resid.post_emb', self.wte.embedding[...][tokens_bt], 'batch token d_model')
-    for i, block in enumerate(self.h):
-      x_btd = block(x_btd, tap.at(f'h.{i}'))
-    x_btd = tap('resid.post_ln_f', self.ln_f(x_btd, tap.at('ln_f')), 'batch token d_model')
-    return tap('logits', layers.unembed(x_btd, self.unembedding), 'batch token vocab')
+    return layers.run(self, self.wte.embedding[...][tokens_bt], tap)
 
   @property
   def unembedding(self) -> jax.Array:
