@@ -1,0 +1,1 @@
+"""Why this token and not that one: nodes of one prompt and their effects on an objective, from `engine.debug` on."""
