@@ -58,6 +58,16 @@ class LayerNorm(nnx.Module):
     scale_bt1 = tap('scale', scale_bt1, 'batch token one')
     return (centred_btd / scale_bt1 * self.gain[...] + self.bias[...]).astype(x_btd.dtype)
 
+  def linear(self, x: jax.Array) -> jax.Array:
+    """Returns what x [..., d_model] adds to the norm times its scale, in float32: centred, times the gain."""
+    x = x.astype(jnp.float32)
+    return (x - x.mean(-1, keepdims=True)) * self.gain[...]
+
+  @property
+  def shift(self) -> jax.Array:
+    """What the norm gives [d_model] whatever its input."""
+    return self.bias[...]
+
 
 class Attention(nnx.Module):
   """Causal attention; sites as for `layers.attend`."""
@@ -70,9 +80,13 @@ class Attention(nnx.Module):
       rngs, (n_head, d_head, config.d_model), n_in=2, std=config.residual_std, out_sharding=(*axes, None)
     )
 
+  def qkv(self, x_btd, positions_bt):
+    """Returns queries, keys and values [batch, token, head, channel] of normed inputs at these positions."""
+    return jnp.moveaxis(self.c_attn('btd,dxhc->btxhc', x_btd), 2, 0)
+
   def __call__(self, x_btd, tap):
-    q_bthc, k_bthc, v_bthc = jnp.moveaxis(self.c_attn('btd,dxhc->btxhc', x_btd), 2, 0)
-    return self.c_proj('bthc,hcd->btd', layers.attend(q_bthc, k_bthc, v_bthc, tap))
+    qkv = self.qkv(x_btd, tap.positions(x_btd.shape[1]))
+    return self.c_proj('bthc,hcd->btd', layers.attend(*qkv, tap))
 
 
 class MLP(nnx.Module):
@@ -133,5 +147,4 @@ class GPT2(nnx.Module):
 
     This is the logit lens on a direction: the final norm's centring and gain are applied, its scale is not.
     """
-    centred_nd = write_nd - write_nd.mean(1, keepdims=True)
-    return jnp.einsum('nd,vd->nv', centred_nd * self.ln_f.gain[...], self.unembedding)
+    return jnp.einsum('nd,vd->nv', self.ln_f.linear(write_nd), self.unembedding)

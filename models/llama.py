@@ -80,6 +80,15 @@ class RMSNorm(nnx.Module):
     scale_bt1 = tap('scale', scale_bt1, 'batch token one')
     return (float_btd / scale_bt1 * self.gain[...]).astype(x_btd.dtype)
 
+  def linear(self, x: jax.Array) -> jax.Array:
+    """Returns what x [..., d_model] adds to the norm times its scale, in float32: x times the gain."""
+    return x.astype(jnp.float32) * self.gain[...]
+
+  @property
+  def shift(self) -> jax.Array:
+    """What the norm gives [d_model] whatever its input: nothing."""
+    return jnp.zeros_like(self.gain[...])
+
 
 class Attention(nnx.Module):
   """Causal grouped-query attention with rotary positions; sites as for `layers.attend`."""
@@ -93,11 +102,17 @@ class Attention(nnx.Module):
     self.c_k, self.c_v = linear(config.n_kv_head, kv_axes), linear(config.n_kv_head, kv_axes)
     self.c_proj = layers.Linear(rngs, (config.n_head, d_head, d_model), 2, out_sharding=(*axes, None), bias=False)
 
-  def __call__(self, x_btd, tap):
+  def qkv(self, x_btd, positions_bt):
+    """Returns queries [batch, token, head, channel], keys and values [batch, token, g, channel] of normed inputs.
+
+    Queries and keys are rotated to these positions.
+    """
     q_bthc, k_btgc, v_btgc = (linear('btd,dhc->bthc', x_btd) for linear in (self.c_q, self.c_k, self.c_v))
-    positions_bt = tap.positions(x_btd.shape[1])
-    q_bthc, k_btgc = rotate(q_bthc, positions_bt, self.config), rotate(k_btgc, positions_bt, self.config)
-    return self.c_proj('bthc,hcd->btd', layers.attend(q_bthc, k_btgc, v_btgc, tap))
+    return rotate(q_bthc, positions_bt, self.config), rotate(k_btgc, positions_bt, self.config), v_btgc
+
+  def __call__(self, x_btd, tap):
+    qkv = self.qkv(x_btd, tap.positions(x_btd.shape[1]))
+    return self.c_proj('bthc,hcd->btd', layers.attend(*qkv, tap))
 
 
 class MLP(nnx.Module):
@@ -162,4 +177,4 @@ class Llama(nnx.Module):
 
     This is the logit lens on a direction: the final norm's gain is applied, its scale is not.
     """
-    return jnp.einsum('nd,vd->nv', write_nd * self.ln_f.gain[...], self.unembedding)
+    return jnp.einsum('nd,vd->nv', self.ln_f.linear(write_nd), self.unembedding)

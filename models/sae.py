@@ -79,8 +79,15 @@ class SparseAutoencoder(nnx.Module):
 
   def decode(self, latents: jax.Array, norm: InputNorm) -> jax.Array:
     """Returns the reconstruction [..., d] of dense latents [..., l], in the scale of the original input."""
-    recons = jnp.einsum('...l,ld->...d', latents, self.decoder[...]) + self.pre_bias[...]
-    return recons * norm.scale + norm.mean
+    return self.write(latents, norm) + self.constant(norm)
+
+  def write(self, latents: jax.Array, norm: InputNorm) -> jax.Array:
+    """Returns what dense latents [..., l] add to the reconstruction [..., d], in the scale of the original input."""
+    return jnp.einsum('...l,ld->...d', latents, self.decoder[...]) * norm.scale
+
+  def constant(self, norm: InputNorm) -> jax.Array:
+    """Returns the reconstruction [..., d] without any latent: the pre-bias, in the scale of the original input."""
+    return self.pre_bias[...] * norm.scale + norm.mean
 
 
 def check_settings(n_latents: int, k: int, normalization: str):

@@ -19,7 +19,7 @@ import numpy as np
 
 from models import sharding
 
-SPLICED = ('.latents', '.error')  # what a splice adds to a site's name
+SPLICED = ('.input', '.latents', '.error')  # what a splice adds to a site's name
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['args'], meta_fields=['site', 'fn'])
@@ -50,10 +50,25 @@ def _stop(x, tap, mask):
 
 
 def _splice(x, tap, sae, mask):
-  latents, norm = sae.encode(x)
-  error = tap('error', jax.lax.stop_gradient(x - sae.decode(latents, norm)), 'batch token d_model')
-  spliced = sae.decode(tap('latents', latents, 'batch token latent'), norm) + error
-  return jnp.where(tap.here(mask), spliced, x).astype(x.dtype)
+  return _through_latents(x, tap, sae, mask, jax.lax.stop_gradient)
+
+
+def _splice_live(x, tap, sae, mask):
+  return _through_latents(x, tap, sae, mask, lambda x: x)
+
+
+def _through_latents(x, tap, sae, mask, held):
+  """Returns what the edited latents and error add up to; `held` is what gradients see of the error's own inputs.
+
+  It is x, and what the edits changed: an SAE without edits changes nothing, to the last bit.
+  """
+  flat = tap('input', x.reshape(*x.shape[:2], -1), 'batch token d_model')
+  latents, norm = sae.encode(flat)
+  error = jax.lax.stop_gradient(flat - sae.decode(latents, norm))
+  change = sae.write(tap('latents', latents, 'batch token latent') - held(latents), norm)
+  change += tap('error', error, 'batch token d_model') - error
+  spliced = held(flat) + change
+  return jnp.where(tap.here(mask), spliced.reshape(x.shape), x).astype(x.dtype)
 
 
 def ablate(site: str, mask=True) -> Edit:
@@ -71,14 +86,22 @@ def steer(site: str, vector, mask=True) -> Edit:
   return Edit(site, _add, (vector, mask))
 
 
-def splice(site: str, sae, mask=True) -> Edit:
-  """Returns an edit that reads and writes the site through an SAE's latents, its error kept as a constant.
+def splice(site: str, sae, mask=True, hold_error: bool = True) -> Edit:
+  """Returns an edit that reads and writes the site through an SAE's latents, with its error added.
 
-  It changes no logit; it adds the sites `<site>.latents` and `<site>.error`, which edits may change in turn. Where the
-  mask (broadcast to the site's shape) is false, the latents are read and what they write is dropped. The SAE has
-  `encode(x_btd) -> latents_btl, norm` and `decode(latents_btl, norm) -> x_btd`.
+  It changes no logit; it adds the sites `<site>.latents` and `<site>.error`, which edits may change in turn, and
+  `<site>.input`, the activation before it. Where the mask (broadcast to the site's shape) is false, the latents are
+  read and what they write is dropped. Latents that edits change leave the error as it was.
+
+  Args:
+    site: a site or glob; where it has axes behind the token, the SAE reads them as one.
+    sae: has `encode(x_btd) -> latents_btl, norm`, `decode(latents_btl, norm) -> x_btd`, and `write(latents_btl, norm)`,
+      the part of `decode` that is linear in the latents.
+    mask: where latents write.
+    hold_error: whether the error is a constant to gradients, which then pass through latents alone; else gradients
+      upstream of the site are those without the SAE.
   """
-  return Edit(site, _splice, (sae, mask))
+  return Edit(site, _splice if hold_error else _splice_live, (sae, mask))
 
 
 def stop(site: str, mask=True) -> Edit:
