@@ -189,9 +189,12 @@ class ActivationStore:
       acts: {site: [example, token, ...]}.
 
     Raises:
-      ValueError: an activation is not finite, or not of the store's shape; nothing of the shard is committed.
+      ValueError: there are other sites, shapes or dtypes than the store's, a window begins with padding, or an
+        activation is not finite; nothing of the shard is committed.
       OSError: no space is left; the shards written before stay.
     """
+    arrays = {TOKENS: tokens_et, **acts}
+    self._check_shard(shard, arrays)
     for site, x in acts.items():
       if n_bad := _not_finite(x):
         raise ValueError(
@@ -199,7 +202,6 @@ class ActivationStore:
           'weights of the model'
         )
     with _disk_space(self.where):
-      arrays = {TOKENS: tokens_et, **acts}
       start, n_more = self.shard(shard).start, -len(tokens_et) % self._chunk
       writes = []
       for name, array in self._arrays.items():
@@ -208,6 +210,22 @@ class ActivationStore:
       for write in writes:
         write.result()
       self._kvstore.write(f'{_COMMITS}{shard}', b'').result()
+
+  def _check_shard(self, shard, arrays):
+    if arrays.keys() != self._arrays.keys():
+      raise ValueError(
+        f'shard {shard} holds {sorted(arrays)}, and {self.where} {sorted(self._arrays)}; give all of them'
+      )
+    examples = self.shard(shard)
+    for name, array in self._arrays.items():
+      x, shape, dtype = arrays[name], (examples.stop - examples.start, *array.shape[1:]), array.dtype.numpy_dtype
+      if (x.shape, x.dtype) != (shape, dtype):
+        raise ValueError(
+          f'shard {shard} of {name} has the shape {x.shape} in {x.dtype}, and the one of {self.where} {shape} in '
+          f'{dtype}; give the whole shard as it is to be stored'
+        )
+    if padded := np.flatnonzero(arrays[TOKENS][:, 0] == text.PAD).tolist():  # it would pass for one that is lost
+      raise ValueError(f'example {examples.start + padded[0]} begins with padding; put padding behind the text')
 
   def width(self, site: str) -> int:
     """Returns d of a site that an SAE can read.
@@ -234,13 +252,14 @@ class ActivationStore:
   def reader(self, site: str) -> Callable[..., np.ndarray]:
     """Returns `read(examples, out=None, to=None)`: int [n] in any order -> activations [n, token, ...] in our dtype.
 
-    They are written to `out` where it is given: memory that is touched for the first time costs as much as reading.
+    They are written to `out` where it is given, in our dtype and contiguous: memory that is touched for the first time
+    costs as much as reading.
     With `to`, int [n, token], they are written to these rows of `out` [row, ...], none where it is -1: shuffled while
     they are still in the processor's cache.
     The site `store.TOKENS` reads int32 tokens [n, token]. Neighbours are read fastest. Any thread may read.
 
     Raises:
-      ValueError: the site is not in the store; and from `read`, a shard is missing or damaged.
+      ValueError: the site is not in the store; and from `read`, a shard is missing or damaged, or `out` does not fit.
       IndexError: from `read`, there is no such example.
     """
     self._check(site)
@@ -273,9 +292,15 @@ class ActivationStore:
     array, examples = self._arrays[site], np.asarray(examples)
     if len(examples) and not 0 <= examples.min() <= examples.max() < self.n_examples:
       raise IndexError(f'examples {examples.min()} to {examples.max()} are wanted of {self.n_examples}; see n_examples')
+    shape = (len(examples), *array.shape[1:]) if to is None else (int(to.max(initial=-1)) + 1, *array.shape[2:])
     if out is None:
-      shape = (len(examples), *array.shape[1:]) if to is None else (to.max(initial=-1) + 1, *array.shape[2:])
       out = np.empty(shape, array.dtype.numpy_dtype)
+    fits = out.dtype == array.dtype.numpy_dtype and out.shape[1:] == shape[1:] and len(out) >= shape[0]
+    if not (fits and out.flags.c_contiguous):
+      raise ValueError(
+        f'out has the shape {out.shape} in {out.dtype}{"" if out.flags.c_contiguous else ", not contiguous"}; give '
+        f'contiguous memory of {shape} in {array.dtype.numpy_dtype}'
+      )
     n = max(_RUN, -(-len(examples) // _READERS)) if self._folder else _RUN
     parts = [slice(i, i + n) for i in range(0, len(examples), n)]
     if self._folder:

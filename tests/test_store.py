@@ -278,6 +278,60 @@ def test_activations_that_are_not_finite_are_not_stored(tmp_path, value):
   assert create(tmp_path).missing() == [1, 2]
 
 
+@pytest.mark.parametrize(
+  ('changed', 'message'),
+  [
+    (lambda tokens, acts: acts.pop('h.0.attn.v_out'), 'shard 1 holds .* give all of them'),
+    (
+      lambda tokens, acts: acts.update({'h.0.attn.v_out': acts['h.0.attn.v_out'][:, :, :1]}),
+      r'h.0.attn.v_out has the shape \(8, 5, 1, 3\) in bfloat16, and the one of .* \(8, 5, 2, 3\) in bfloat16',
+    ),
+    (
+      lambda tokens, acts: acts.update({'h.0.attn.v_out': acts['h.0.attn.v_out'][:7]}),
+      r'h.0.attn.v_out has the shape \(7, 5, 2, 3\)',
+    ),
+    (
+      lambda tokens, acts: acts.update({'h.0.attn.v_out': acts['h.0.attn.v_out'].astype(np.float32)}),
+      'in float32, and the one of .* in bfloat16',
+    ),
+    (
+      lambda tokens, acts: tokens.__setitem__((3, 0), -1),
+      'example 11 begins with padding; put padding behind the text',
+    ),
+  ],
+)
+def test_a_shard_that_is_not_as_the_store_has_it_is_refused(tmp_path, changed, message):
+  activations = create(tmp_path)
+  fill(activations, [0])
+  tokens, acts = contents()
+  part = activations.shard(1)
+  tokens, acts = tokens[part], {site: x[part] for site, x in acts.items()}
+  changed(tokens, acts)
+  with pytest.raises(ValueError, match=message):
+    activations.write(1, tokens, acts)
+  assert create(tmp_path).missing() == [1, 2]
+
+
+@pytest.mark.parametrize('place', ['folder', 'memory'])
+@pytest.mark.parametrize(
+  ('out', 'message'),
+  [
+    (
+      np.empty((4, N_TOKENS, 6), np.float32),
+      r'\(4, 5, 6\) in float32; give contiguous memory of \(4, 5, 6\) in bfloat16',
+    ),
+    (np.empty((3, N_TOKENS, 6), ml_dtypes.bfloat16), r'out has the shape \(3, 5, 6\)'),
+    (np.empty((4, N_TOKENS, 7), ml_dtypes.bfloat16), r'out has the shape \(4, 5, 7\)'),
+    (np.empty((4, 2 * N_TOKENS, 6), ml_dtypes.bfloat16)[:, ::2], 'in bfloat16, not contiguous; give'),
+  ],
+)
+def test_memory_that_does_not_fit_is_refused(tmp_path, place, out, message):
+  activations = create(tmp_path if place == 'folder' else f'memory://{tmp_path.name}/out')
+  fill(activations, range(3))
+  with pytest.raises(ValueError, match=message):
+    activations.reader('h.1.resid.post_mlp')(np.arange(4), out)
+
+
 @pytest.fixture
 def full_disk(tmp_path):
   """A file system of 150 kB, where the tests may mount one."""
