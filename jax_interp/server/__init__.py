@@ -1,0 +1,1 @@
+"""The debugger, records and explanations over HTTP: parses, calls, returns; from `app.create` on."""
