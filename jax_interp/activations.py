@@ -53,14 +53,14 @@ class Meter:
   Attributes:
     flops: of a batch on all devices, as XLA counts them for the compiled capture; NaN where it does not.
     batches: dispatched so far.
-    waiting: seconds waited, by cause: 'text' and 'device' here, more by who uses the stream.
     started: when the first batch was dispatched, compiled by then; None before.
+    waiting: seconds waited since, by cause: 'text' and 'device' here, more by who uses the stream.
   """
 
   flops: float = math.nan
   batches: int = 0
-  waiting: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   started: float | None = None
+  waiting: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   @contextlib.contextmanager
   def wait(self, cause: str) -> Iterator[None]:
@@ -134,6 +134,7 @@ def stream(
       compiled = capture.lower(model, placed_bt, names, dtype).compile()  # the call below finds it compiled
       cost = compiled.cost_analysis() or {}  # of one device
       meter.flops = cost.get('flops', math.nan) * by_example.mesh.size
+      meter.waiting.clear()
       meter.started = time.perf_counter()
     meter.batches += 1
     found = jax.tree.map(_local_parts, capture(model, placed_bt, names, dtype))

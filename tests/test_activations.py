@@ -210,12 +210,12 @@ def test_the_next_buffer_is_read_while_this_one_is_used():
     calls.append(len(examples))
     if len(calls) == 2:
       reading.set()
-      assert second.wait(10)
+      assert second.wait(600)
     return read(examples, *args)
 
   found = activations.shuffled_batches(slow, ALL, 10, 4, 3)
   next(found)
-  assert reading.wait(10)  # and it does not come back until the first buffer's batches have been given
+  assert reading.wait(600)  # and it does not come back until the first buffer's batches have been given
   next(found)
   second.set()
   next(found)

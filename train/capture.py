@@ -8,6 +8,7 @@ files as one: see the flags of `train.command`.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -149,9 +150,8 @@ def _capture(model, windows_et, saved, names, batch_size, missing) -> dict:
   """
   n_local, n_processes = activations.local_batch(batch_size), jax.process_count()
   dealt = [_firsts(saved, missing[process::n_processes], n_local) for process in range(n_processes)]
-  n_steps = max(map(len, dealt))
-  steps = zip(*(firsts + [len(windows_et)] * (n_steps - len(firsts)) for firsts in dealt), strict=True)
-  steps = list(steps)  # each: where the batches of all processes begin, past the end where there is nothing left to do
+  # Each step: where the batches of all processes begin, past the end where there is nothing left to do.
+  steps = list(itertools.zip_longest(*dealt, fillvalue=len(windows_et)))
   n_examples = lambda firsts: sum(len(windows_et[first : first + n_local]) for first in firsts)
   meter, problem, question = activations.Meter(), None, None
   mine = [firsts[jax.process_index()] for firsts in steps]
@@ -196,8 +196,8 @@ def run(config, workdir):
   same = json.dumps([made, config.mesh], default=lambda settings: settings.to_dict(), sort_keys=True)
   processes.check_same('config or model', _digest(same.encode()))
   with contextlib.ExitStack() as held:
-    place = folder if '://' in str(where) else pathlib.Path(where)
-    processes.on_first(lambda: held.enter_context(processes.locked(place)))
+    places = {pathlib.Path(place).resolve() for place in (folder, where) if '://' not in str(place)}
+    processes.on_first(lambda: [held.enter_context(processes.locked(place)) for place in sorted(places)])
     if processes.on_first(lambda: _is_done(config, workdir, made)):
       return
     subject, names = command.subject(config, workdir), tuple(settings.sites)

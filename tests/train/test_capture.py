@@ -8,11 +8,9 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import ml_collections
@@ -26,6 +24,7 @@ from models import gpt2, pretrained, sharding
 from train import capture, command, processes, windows
 
 ROOT = pathlib.Path(__file__).parents[2]
+TIMEOUT = 600  # seconds, for what does not hang
 WORDS = ['the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'dog', 'ran', 'far']
 
 
@@ -238,17 +237,19 @@ def test_what_was_waited_for_is_reported(subject, tmp_path, capsys):
 
 def test_shards_are_written_while_the_next_is_computed(subject, tmp_path, monkeypatch):
   """The writer holds shard 0 until the batches of shard 1 have come from the device."""
-  write, stream, second_shard = store.ActivationStore.write, activations.stream, threading.Event()
-  writing = []
+  write, stream = store.ActivationStore.write, activations.stream
+  writing, began, second_shard = [], threading.Event(), threading.Event()
 
   def slow(self, shard, *args):
     writing.append(shard)
-    assert second_shard.wait(30)
+    began.set()
+    assert second_shard.wait(TIMEOUT)
     write(self, shard, *args)
 
   def watched(*args):
     for first, acts in stream(*args):
       if first >= 12:
+        assert began.wait(TIMEOUT)
         assert writing == [0]
         second_shard.set()
       yield first, acts
@@ -338,41 +339,50 @@ def test_a_store_that_was_replaced_by_another_is_told(subject, tmp_path):
     assert capture.open_store(config, tmp_path / 'a').missing() == []
 
 
-def test_two_captures_at_once_into_one_store_are_refused(subject, tmp_path):
+@pytest.mark.parametrize('busy', ['activations', 'store'])
+def test_two_captures_at_once_into_one_workdir_or_store_are_refused(subject, tmp_path, busy):
+  config = make_config(subject, store=str(tmp_path / 'store'))
   with (
     jax.set_mesh(sharding.make_mesh()),
-    processes.locked(tmp_path / 'activations'),
-    pytest.raises(ValueError, match=r'another command is writing .*activations now; wait for it, or stop it'),
+    processes.locked(tmp_path / busy),
+    pytest.raises(ValueError, match=rf'another command is writing .*{busy} now; wait for it, or stop it'),
   ):
-    capture.run(make_config(subject), tmp_path)
+    capture.run(config, tmp_path)
+  config.capture.store = str(tmp_path / 'activations')  # one place, named twice
   with jax.set_mesh(sharding.make_mesh()):
-    capture.run(make_config(subject), tmp_path)
+    capture.run(config, tmp_path)
 
 
 def test_sigterm_then_the_same_command_gives_the_same_store(subject, tmp_path):
-  config = make_config(subject, n_tokens=10**6, shard_examples=4)
+  """The signal comes while the third shard is written."""
+  config = make_config(subject)
   (tmp_path / 'config.py').write_text(
     f'import ml_collections\nget_config = lambda: ml_collections.ConfigDict({config.to_dict()!r})\n'
   )
+  code = """
+import os, signal
+from jax_interp import store
+from train import capture, command
+write = store.ActivationStore.write
+def writing(self, shard, *args):
+  if shard == 2:
+    os.kill(os.getpid(), signal.SIGTERM)
+  write(self, shard, *args)
+store.ActivationStore.write = writing
+command.main(capture.run, several_processes=True)
+"""
 
-  def start(workdir):
-    flags = [f'--config={tmp_path / "config.py"}', f'--workdir={workdir}']
-    environment = {**os.environ, 'XLA_FLAGS': ''}
-    return subprocess.Popen(
-      [sys.executable, '-m', 'train.capture', *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE
-    )
+  def run(workdir, *arguments):
+    flags = [f'--config={tmp_path / "config.py"}', f'--workdir={tmp_path / workdir}']
+    done = subprocess.run(
+      [sys.executable, *arguments, *flags],
+      cwd=ROOT, env={**os.environ, 'XLA_FLAGS': ''}, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
-  stopped = start(tmp_path / 'stopped')
-  commits = tmp_path / 'stopped/activations/commits'
-  n_commits = lambda: len(list(commits.iterdir()))
-  while not (commits.exists() and n_commits()):
-    assert stopped.poll() is None
-    time.sleep(0.01)
-  stopped.send_signal(signal.SIGTERM)
-  message = stopped.communicate(timeout=60)[1].decode()
-  assert (stopped.returncode, 'stopped: finished shards are kept' in message) == (0, True)
-  n_finished = n_commits()
-  for workdir in (tmp_path / 'stopped', tmp_path / 'whole'):
-    assert start(workdir).wait(timeout=120) == 0
-  assert n_finished < n_commits()
+  assert 'stopped: finished shards are kept' in run('stopped', '-c', code)
+  assert 3 <= len(list((tmp_path / 'stopped/activations/commits').iterdir())) < 8
+  for workdir in ('stopped', 'whole'):
+    run(workdir, '-m', 'train.capture')
   assert same_files(tmp_path / 'whole/activations', tmp_path / 'stopped/activations')
