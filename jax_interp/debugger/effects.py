@@ -1,0 +1,603 @@
+"""One run of a prompt -> every node's activation, write vector, direct effect and estimated total effect.
+
+`run` is one forward and one backward pass; `describe` reads any nodes off it, and `candidates` finds those that matter.
+A number of a node in a run is defined here alone. A compiled program serves all prompts of a padded length, whatever
+is asked, held or listed.
+
+The gradient conventions are those of Transformer Debugger: the scale of the norm that the objective is read through is
+held, every other part is live; gradients upstream of an SAE are those without it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_interp.debugger import interventions, objectives, schema
+from jax_interp.debugger.objectives import Question
+from models import sites
+
+KINDS = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'bias', 'error', 'head_total', 'layer')
+BLOCK = 256  # how many numbers are compared by their largest first, when the largest of many are sought
+ROWS = (64, 256, 1024, 4096)  # nodes are described in lots of one of these sizes
+PARTS = ('attn', 'mlp', 'sae')  # that biases and layers are of
+STREAMS = ('post_attn', 'post_mlp', '_ln.scale')
+
+Array = jax.Array
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['objective', 'final_bias', 'acts', 'grads', 'grad_td', 'stream', 'traced_sae', 'n_tokens'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run of one prompt [1, token].
+
+  Attributes:
+    objective: [].
+    final_bias: [], see `objectives.final_bias`.
+    acts, grads: {site: [1, ...]} after the edits, and gradients of the objective.
+    grad_td: gradient at the residual stream that the objective is read from.
+    stream: number of that stream, see `Question`.
+    traced_sae: number of the SAE whose latent is the objective, else -1.
+    n_tokens: of the prompt, without padding.
+  """
+
+  objective: Array
+  final_bias: Array
+  acts: dict[str, Array]
+  grads: dict[str, Array]
+  grad_td: Array
+  stream: Array
+  traced_sae: Array
+  n_tokens: Array
+
+
+def _hold_scale(x, tap, question, stream):
+  return jnp.where(question.stream == stream, jax.lax.stop_gradient(x), x)
+
+
+def edits(model, saes: Mapping, held: interventions.Held, question: Question, extra: Sequence[sites.Edit] = ()) -> list:
+  """Returns the edits of a run: what is held, the SAEs spliced in, and the norm scales that gradients do not pass."""
+  n_layer = model.config.n_layer
+  found = [*interventions.edits(held, n_layer, tuple(saes)), *extra, sites.stop('ln_f.scale')]
+  for i in range(n_layer):
+    found.append(sites.Edit(f'h.{i}.attn_ln.scale', _hold_scale, (question, 2 * i)))
+    found.append(sites.Edit(f'h.{i}.mlp_ln.scale', _hold_scale, (question, 2 * i + 1)))
+  return found + [sites.splice(site, sae, hold_error=False) for site, sae in saes.items()]
+
+
+@jax.jit
+def run(
+  model, saes: Mapping, tokens_bt: Array, held: interventions.Held, question: Question, n_tokens, extra: tuple = ()
+) -> Run:
+  """Returns one run; see `Run`.
+
+  Args:
+    model: the subject model.
+    saes: {site: SAE} to splice in.
+    tokens_bt: int32 [1, token], padded.
+    held: what is held.
+    question: the objective.
+    n_tokens: without padding.
+    extra: further edits.
+  """
+  n_layer = model.config.n_layer
+  streams = [objectives.stream_site(i) for i in range(2 * n_layer + 1)]
+  spliced = [f'{site}{name}' for site in saes for name in sites.SPLICED]
+  deltas = 'h.*.resid.delta_attn', 'h.*.resid.delta_mlp'
+  read = (*objectives.READS, *streams, *spliced, *deltas, 'h.*.mlp.post_act', 'h.*.attn.v_out', '*_ln.scale')
+  objective = lambda _, acts: objectives.value(question, model, saes, acts)
+  value, acts, grads = sites.acts_and_grads(model, tokens_bt, objective, read, edits(model, saes, held, question, extra))
+  grad_td = jnp.stack([grads[site][0] for site in streams])[question.stream]
+  latent, traced_sae = question.kind == objectives.LATENT, -1
+  for number, site in enumerate(saes):
+    traced = latent & (question.layer == number)
+    traced_sae = jnp.where(traced, number, traced_sae)
+    if '.resid.post' in f'.{site}':  # read from the stream as it was before the splice
+      grad_td = jnp.where(traced, grads[f'{site}.input'][0], grad_td)
+  final_bias = objectives.final_bias(question, model, saes, acts, grads['resid.post_ln_f'][0])
+  kept = lambda found, names: {site: found[site] for site in found if site.endswith(names)}
+  return Run(
+    value,
+    final_bias,
+    kept(acts, ('qk_probs', '.v', 'v_out', 'post_act', 'post_emb', 'delta_attn', 'delta_mlp', *sites.SPLICED, 'ln_f', *STREAMS)),
+    kept(grads, ('qk_probs', 'post_act', 'post_emb', 'delta_attn', 'delta_mlp', '.latents', '.error')),
+    grad_td.astype(jnp.float32),
+    jnp.asarray(question.stream),
+    jnp.asarray(traced_sae),
+    jnp.asarray(n_tokens),
+  )
+
+
+def writes_to(site: str) -> int:
+  """Returns the number of the first residual stream that holds what is written at a site."""
+  if site == 'resid.post_emb':
+    return 0
+  _, layer, *_, name = site.split('.')
+  return 2 * int(layer) + (1 if name in ('v_out', 'delta_attn', 'post_attn', 'qk_probs') else 2)
+
+
+def to_stream(model, site: str, x: Array) -> Array:
+  """Returns what x [..., width of the site] adds to the residual stream [..., d_model]."""
+  if site.endswith(('v_out', 'post_act')):
+    _, layer, part, _ = site.split('.')
+    kernel = getattr(model.h[int(layer)], part).c_proj.kernel[...]
+    return jnp.einsum('...x,xd->...d', x, kernel.reshape(-1, kernel.shape[-1]), preferred_element_type=jnp.float32)
+  return x.astype(jnp.float32)
+
+
+def is_upstream(run: Run, saes: Mapping, site: str) -> Array:
+  """Returns whether what is written at a site, or by the SAE there, is in the stream that the objective is read from."""
+  number = list(saes).index(site) if site in saes else -2
+  return (writes_to(site) <= run.stream) & (run.traced_sae != number)
+
+
+# Describing nodes
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['kind', 'where', 'token', 'source', 'index'], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class NodeArrays:
+  """Nodes as arrays [node]: kind in KINDS; `where` is the layer, of a latent, an error or an SAE's bias the SAE's number.
+
+  `index` of a bias is 0 for attention, 1 for the MLP, 2 for an SAE; of a layer 0 and 1. A missing token is -1.
+  """
+
+  kind: np.ndarray
+  where: np.ndarray
+  token: np.ndarray
+  source: np.ndarray
+  index: np.ndarray
+
+  def __len__(self):
+    return len(self.kind)
+
+
+
+
+def arrays(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> NodeArrays:
+  """Returns nodes as arrays, padded with copies of the first to a size of ROWS (there must be one)."""
+  rows = []
+  for node in nodes:
+    sae = node.site in sae_sites
+    where = sae_sites.index(node.site) if sae else node.layer or 0
+    index = node.index or 0
+    if node.kind in ('bias', 'layer'):
+      index = PARTS.index('sae' if sae else node.site)
+    absent = lambda position: -1 if position is None else position
+    rows.append((KINDS.index(node.kind), where, absent(node.token), absent(node.source), index))
+  n = next((size for size in ROWS if size >= len(rows)), len(rows))
+  return NodeArrays(*np.array(rows + rows[:1] * (n - len(rows)), np.int32).T)
+
+
+@jax.jit
+def write_vectors(model, saes: Mapping, run: Run, nodes: NodeArrays) -> Array:
+  """Returns what each node adds to the residual stream at its token, [node, d_model]; of a head_total, at all together.
+
+  Neuron: activation times its row of the output matrix; head at a pair: probability times value through the output
+  matrix; latent: activation times its row of the decoder, undone by the SAE's norm (debugger.md 0).
+  """
+  acts, token, index = run.acts, jnp.maximum(nodes.token, 0), nodes.index
+  of = lambda *kinds: jnp.isin(nodes.kind, jnp.array([KINDS.index(kind) for kind in kinds]))
+  n_head = model.config.n_head
+  write_nd = jnp.where(of('embedding')[:, None], acts['resid.post_emb'][0, token].astype(jnp.float32), 0)
+  kept_t = jnp.arange(acts['resid.post_emb'].shape[1]) < run.n_tokens
+  for i, block in enumerate(model.h):
+    here = nodes.where == i
+    v_sgc, probs_hts, v_out_thc = (acts[f'h.{i}.attn.{name}'][0] for name in ('v', 'qk_probs', 'v_out'))
+    head = jnp.minimum(index, n_head - 1)
+    source = jnp.maximum(nodes.source, 0)
+    pair_nc = probs_hts[head, token, source][:, None] * v_sgc[source, head // (n_head // v_sgc.shape[1])]
+    total_hc = jnp.where(kept_t[:, None, None], v_out_thc, 0).sum(0)
+    token_nc = jnp.where(of('head_token')[:, None], v_out_thc[token, head], total_hc[head])
+    read_nc = jnp.where(of('head')[:, None], pair_nc, token_nc)
+    chosen_nh = (here & of('head', 'head_token', 'head_total'))[:, None] & (head[:, None] == jnp.arange(n_head))
+    read_nhc = jnp.where(chosen_nh[..., None], read_nc[:, None], 0)
+    write_nd += jnp.einsum('nhc,hcd->nd', read_nhc, block.attn.c_proj.kernel[...], preferred_element_type=jnp.float32)
+    post_act_tn = acts[f'h.{i}.mlp.post_act'][0]
+    neuron = jnp.minimum(index, post_act_tn.shape[1] - 1)
+    rows_nd = post_act_tn[token, neuron][:, None] * block.mlp.c_proj.kernel[...][neuron].astype(jnp.float32)
+    write_nd += jnp.where((here & of('neuron'))[:, None], rows_nd, 0)
+    for part, (layer, name) in enumerate(((block.attn, 'delta_attn'), (block.mlp, 'delta_mlp'))):
+      delta_nd = acts[f'h.{i}.resid.{name}'][0, token].astype(jnp.float32)
+      write_nd += jnp.where((here & of('layer') & (index == part))[:, None], delta_nd, 0)
+      write_nd += jnp.where((here & of('bias') & (index == part))[:, None], _output_bias(layer), 0)
+  for number, (site, sae) in enumerate(saes.items()):
+    here = nodes.where == number
+    _, norm_n = sae.normalize(acts[f'{site}.input'][0, token])
+    latent = jnp.minimum(index, sae.n_latents - 1)
+    scale = jnp.broadcast_to(norm_n.scale, (len(nodes), 1))
+    written_nx = acts[f'{site}.latents'][0, token, latent][:, None] * sae.decoder[...][latent] * scale
+    constant_nx = jnp.broadcast_to(sae.constant(norm_n), written_nx.shape)
+    own_nx = jnp.where(of('latent')[:, None], written_nx, 0)
+    own_nx += jnp.where(of('error')[:, None], acts[f'{site}.error'][0, token], 0)
+    own_nx += jnp.where((of('bias') & (index == PARTS.index('sae')))[:, None], constant_nx, 0)
+    write_nd += jnp.where((here & of('latent', 'error', 'bias'))[:, None], to_stream(model, site, own_nx), 0)
+  return write_nd
+
+
+def _output_bias(layer) -> Array:
+  bias = layer.c_proj.bias
+  return jnp.zeros((), jnp.float32) if bias is None else bias[...].astype(jnp.float32)
+
+
+@jax.jit
+def describe(model, saes: Mapping, run: Run, nodes: NodeArrays) -> dict[str, Array]:
+  """Returns {'activation', 'write_norm', 'direct_effect', 'total_effect'} of nodes, [node] each; nan where undefined."""
+  acts, grads, token, index = run.acts, run.grads, jnp.maximum(nodes.token, 0), nodes.index
+  of = lambda *kinds: jnp.isin(nodes.kind, jnp.array([KINDS.index(kind) for kind in kinds]))
+  write_nd = write_vectors(model, saes, run, nodes)
+  activation, total = jnp.where(of('embedding', 'bias'), 1.0, jnp.nan), jnp.zeros(len(nodes))
+  upstream = of('embedding')
+  product = lambda site: acts[site][0].astype(jnp.float32) * grads[site][0].astype(jnp.float32)
+  total += jnp.where(of('embedding'), product('resid.post_emb')[token].sum(-1), 0)
+  kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
+  summed = jnp.zeros(len(nodes))  # direct effects of head_totals
+  for i, block in enumerate(model.h):
+    here, head = nodes.where == i, jnp.minimum(index, model.config.n_head - 1)
+    source = jnp.maximum(nodes.source, 0)
+    probs = f'h.{i}.attn.qk_probs'
+    probs_n = acts[probs][0][head, token, source]
+    activation = jnp.where(here & of('head'), probs_n, activation)
+    total += jnp.where(here & of('head'), probs_n * grads[probs][0][head, token, source], 0)
+    by_token_ht = (product(probs)).sum(-1) * kept_t
+    total += jnp.where(here & of('head_token'), by_token_ht[head, token], 0)
+    total += jnp.where(here & of('head_total'), by_token_ht.sum(-1)[head], 0)
+    reads_thc = _reads(block, run.grad_td)
+    direct_h = (acts[f'h.{i}.attn.v_out'][0] * reads_thc).sum(-1).sum(0, where=kept_t[:, None])
+    summed += jnp.where(here & of('head_total'), direct_h[head], 0)
+    neuron = jnp.minimum(index, model.config.n_neurons - 1)
+    post_act_n = acts[f'h.{i}.mlp.post_act'][0][token, neuron]
+    activation = jnp.where(here & of('neuron'), post_act_n, activation)
+    total += jnp.where(here & of('neuron'), post_act_n * grads[f'h.{i}.mlp.post_act'][0][token, neuron], 0)
+    for part, (layer, name) in enumerate(((block.attn, 'delta_attn'), (block.mlp, 'delta_mlp'))):
+      grad_nd = grads[f'h.{i}.resid.{name}'][0, token].astype(jnp.float32)
+      total += jnp.where(here & of('layer') & (index == part), (acts[f'h.{i}.resid.{name}'][0, token] * grad_nd).sum(-1), 0)
+      total += jnp.where(here & of('bias') & (index == part), (_output_bias(layer) * grad_nd).sum(-1), 0)
+      kinds = ('head', 'head_token', 'head_total') if part == 0 else ('neuron',)
+      mine = here & (of(*kinds) | (of('layer', 'bias') & (index == part)))
+      upstream |= mine & is_upstream(run, saes, f'h.{i}.resid.{name}')
+  for number, (site, sae) in enumerate(saes.items()):
+    here = nodes.where == number
+    latent = jnp.minimum(index, sae.n_latents - 1)
+    latents_n = acts[f'{site}.latents'][0][token, latent]
+    mine = here & of('latent')
+    activation = jnp.where(mine, latents_n, activation)
+    total += jnp.where(mine, latents_n * grads[f'{site}.latents'][0][token, latent], 0)
+    grad_nx = grads[f'{site}.error'][0, token]
+    total += jnp.where(here & of('error'), (acts[f'{site}.error'][0, token] * grad_nx).sum(-1), 0)
+    _, norm_n = sae.normalize(acts[f'{site}.input'][0, token])
+    own_bias = here & of('bias') & (index == PARTS.index('sae'))
+    total += jnp.where(own_bias, (sae.constant(norm_n) * grad_nx).sum(-1), 0)
+    upstream |= (mine | own_bias | (here & of('error'))) & is_upstream(run, saes, site)
+  norm = jnp.linalg.norm(write_nd, axis=-1)
+  norm = jnp.where(of('neuron') & (activation < 0), -norm, norm)
+  direct = jnp.where(of('head_total'), summed, (write_nd * run.grad_td[token]).sum(-1))
+  return {
+    'activation': activation,
+    'write_norm': jnp.where(of('head_total'), jnp.nan, norm),
+    'direct_effect': jnp.where(upstream, direct, 0),
+    'total_effect': total,
+  }
+
+
+def _reads(block, grad_td) -> Array:
+  """Returns the gradient [token, head, channel] at what each head read, if only the residual stream is read."""
+  return jnp.einsum('td,hcd->thc', grad_td, block.attn.c_proj.kernel[...], preferred_element_type=jnp.float32)
+
+
+# Finding nodes
+
+
+def largest(x: Array, k: int) -> Array:
+  """Returns the flat indices of the k largest; the earlier of equal ones.
+
+  The k largest lie in the k blocks of the largest maxima, so that one pass over x and two short sorts are enough.
+  """
+  flat = x.reshape(-1)
+  flat = jnp.pad(flat, (0, -len(flat) % BLOCK), constant_values=-jnp.inf).reshape(-1, BLOCK)
+  if len(flat) <= k:
+    return jax.lax.top_k(flat.reshape(-1), min(k, x.size))[1]
+  blocks = jnp.sort(jax.lax.top_k(flat.max(1), k)[1])
+  within = jax.lax.top_k(flat[blocks].reshape(-1), k)[1]
+  return blocks[within // BLOCK] * BLOCK + within % BLOCK
+
+
+def _extremes(columns: Sequence[Array], valid: Array, k: int) -> tuple[Array, Array]:
+  """Returns flat indices [column, 2, k] of the largest and smallest that are valid, and their values."""
+  indices, values = [], []
+  for column in columns:
+    column = jnp.where(valid, column, 0)
+    found = jnp.stack([largest(column, k), largest(-column, k)])
+    missing = ((0, 0), (0, k - found.shape[1]))  # where there are fewer nodes than k
+    indices.append(jnp.pad(found, missing))
+    values.append(jnp.pad(column.reshape(-1)[found], missing))
+  return jnp.stack(indices), jnp.stack(values)
+
+
+@functools.partial(jax.jit, static_argnames=('k', 'with_heads', 'with_neurons'))
+def _layer_extremes(block, acts, grads, run, attn_upstream, mlp_upstream, k, with_heads, with_neurons):
+  """Returns the extremes of one layer's heads and neurons, and sums over them."""
+  kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
+  attn_upstream, mlp_upstream = (x.astype(jnp.float32) for x in (attn_upstream, mlp_upstream))
+  probs_hts, v_sgc = acts['qk_probs'], acts['v']
+  n_head, n_tokens, _ = probs_hts.shape
+  kernel_hcd = block.attn.c_proj.kernel[...]
+  v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
+  norm = lambda x_thc: jnp.linalg.norm(
+    jnp.einsum('thc,hcd->htd', x_thc, kernel_hcd, preferred_element_type=jnp.float32), axis=-1
+  )
+  reads_thc = _reads(block, run.grad_td)
+  projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
+  total_hts, direct_hts = probs_hts * grads['qk_probs'], probs_hts * projected_hts * attn_upstream
+  found = {}
+  causal_ts = kept_t[:, None] & (jnp.arange(n_tokens)[:, None] >= jnp.arange(n_tokens))
+  total_hts = jnp.where(causal_ts, total_hts, 0)
+  if with_heads:
+    found['head'] = _extremes((probs_hts * norm(v_shc)[:, None], total_hts, direct_hts, probs_hts), causal_ts, k)
+  v_out_thc = acts['v_out']
+  by_head = {
+    'write_norm': norm(v_out_thc),
+    'total_effect': total_hts.sum(-1),
+    'direct_effect': (v_out_thc * reads_thc).sum(-1).T * attn_upstream,
+  }
+  by_head = {name: x_ht * kept_t for name, x_ht in by_head.items()}
+  post_act_tn = acts['post_act'].astype(jnp.float32)
+  total_tn = post_act_tn * grads['post_act'] * kept_t[:, None]
+  kernel_nd = block.mlp.c_proj.kernel[...]
+  direct_neurons = jnp.zeros(())
+  if with_neurons:
+    projected_tn = jnp.einsum('td,nd->tn', run.grad_td, kernel_nd, preferred_element_type=jnp.float32)
+    norm_n = jnp.linalg.norm(kernel_nd.astype(jnp.float32), axis=-1)
+    direct_tn = post_act_tn * projected_tn * mlp_upstream * kept_t[:, None]
+    found['neuron'] = _extremes((post_act_tn * norm_n, total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
+    direct_neurons = direct_tn.sum()
+  parts = {}
+  for name, layer, upstream in (('attn', block.attn, attn_upstream), ('mlp', block.mlp, mlp_upstream)):
+    delta_td, grad_td = (x[f'delta_{name}'].astype(jnp.float32) for x in (acts, grads))
+    bias_d = jnp.broadcast_to(_output_bias(layer), delta_td.shape[1:])
+    columns = lambda x_td, grad_td=grad_td, upstream=upstream: {
+      'write_norm': jnp.linalg.norm(x_td, axis=-1) * kept_t,
+      'total_effect': (x_td * grad_td).sum(-1) * kept_t,
+      'direct_effect': (x_td * run.grad_td).sum(-1) * kept_t * upstream,
+    }
+    parts[name] = {'layer': columns(delta_td), 'bias': columns(jnp.broadcast_to(bias_d, delta_td.shape))}
+  sums = {'attention_to': total_hts.sum((0, 2)), 'attention_from': total_hts.sum((0, 1)), 'mlp': total_tn.sum(1)}
+  sums['neurons'] = direct_neurons
+  return found, by_head, parts, sums
+
+
+@functools.partial(jax.jit, static_argnames=('site', 'k'))
+def _sae_extremes(model, sae, site, acts, grads, run, upstream, k):
+  """Returns the extremes of one SAE's latents, its error and bias by token, and sums."""
+  upstream = upstream.astype(jnp.float32)
+  kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
+  _, norm = sae.normalize(acts['.input'])
+  scale_t1 = jnp.broadcast_to(norm.scale, (len(kept_t), 1))
+  grad_tx = run.grad_td
+  if site.endswith(('v_out', 'post_act')):
+    _, layer, part, _ = site.split('.')
+    kernel = getattr(model.h[int(layer)], part).c_proj.kernel[...]
+    grad_tx = jnp.einsum('td,xd->tx', run.grad_td, kernel.reshape(-1, kernel.shape[-1]))
+    norm_l = jnp.linalg.norm(to_stream(model, site, sae.decoder[...]), axis=-1)
+  else:
+    norm_l = jnp.linalg.norm(sae.decoder[...], axis=-1)
+  latents_tl = acts['.latents']
+  direct_tl = latents_tl * jnp.einsum('tx,lx->tl', grad_tx, sae.decoder[...]) * scale_t1 * upstream
+  total_tl = latents_tl * grads['.latents']
+  found = _extremes((latents_tl * norm_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
+  constant_tx = jnp.broadcast_to(sae.constant(norm), acts['.error'].shape)
+
+  def columns(x_tx):
+    return {
+      'write_norm': jnp.linalg.norm(to_stream(model, site, x_tx), axis=-1) * kept_t,
+      'total_effect': (x_tx * grads['.error']).sum(-1) * kept_t,
+      'direct_effect': (x_tx * grad_tx).sum(-1) * kept_t * upstream,
+    }
+
+  direct = (direct_tl * kept_t[:, None]).sum()
+  return found, columns(acts['.error']), columns(constant_tx), (total_tl * kept_t[:, None]).sum(1), direct
+
+
+@jax.jit
+def _embedding_columns(run):
+  kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
+  x_td, grad_td = (x['resid.post_emb'][0].astype(jnp.float32) for x in (run.acts, run.grads))
+  return {
+    'write_norm': jnp.linalg.norm(x_td, axis=-1) * kept_t,
+    'total_effect': (x_td * grad_td).sum(-1) * kept_t,
+    'direct_effect': (x_td * run.grad_td).sum(-1) * kept_t,
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What `find` found: nodes, the first found first; and sums."""
+
+  nodes: list[schema.Node]
+  by_token: schema.ByToken
+  completeness: schema.Completeness
+
+
+def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
+  """Returns the nodes that are among the k largest or the k smallest of their kind in a column, and sums.
+
+  Of each kind the columns in order are write norm, total effect, direct effect, activation; nodes come in the order in
+  which they are first met (debugger.md 2.5). A node is among the largest only above zero, and among the smallest only
+  below: what does nothing is in no table. Layers are reduced one after another, so that memory beyond the run itself is
+  that of a layer. Heads and neurons that an SAE stands for are left out.
+
+  Args:
+    model: the subject model.
+    saes: spliced in.
+    run: of them.
+    k: at most 100.
+    exact: see `schema.Completeness`.
+  """
+  lot = next(n for n in (10, 30, 100) if n >= k)  # compiled for these alone
+  n_tokens, sae_sites = int(run.n_tokens), tuple(saes)
+  layers = [_layer(model, saes, run, i, lot) for i in range(model.config.n_layer)]
+  own = {site: _sae(model, saes, run, site, lot) for site in saes}
+  layers, own, embedding, objective, final_bias, stream, traced = jax.device_get(
+    (layers, own, _embedding_columns(run), run.objective, run.final_bias, run.stream, run.traced_sae)
+  )
+  nodes = []
+  shapes = {'head': (model.config.n_head, len(run.grad_td), len(run.grad_td)), 'neuron': (0, model.config.n_neurons)}
+  for kind, shape in shapes.items():
+    extremes = [(i, found[kind], shape) for i, (found, *_) in enumerate(layers) if kind in found]
+    nodes += [_node(kind, i, index, sae_sites) for i, index in _merge(extremes, k)]
+  extremes = [(number, own[site][0], (0, saes[site].n_latents)) for number, site in enumerate(sae_sites)]
+  nodes += [_node('latent', number, index, sae_sites) for number, index in _merge(extremes, k)]
+  columns = {'embedding': {(0, 0): embedding}, 'head_token': {}, 'bias': {}, 'error': {}, 'head_total': {}, 'layer': {}}
+  for i, (found, by_head, parts, _) in enumerate(layers):
+    if 'head' in found:
+      for head in range(model.config.n_head):
+        mine = {name: x_ht[head] for name, x_ht in by_head.items()}
+        columns['head_token'][i, head] = mine
+        columns['head_total'][i, head] = {n: x_t.sum(keepdims=True) for n, x_t in mine.items() if n != 'write_norm'}
+    for part, name in enumerate(('attn', 'mlp')):
+      columns['layer'][i, part], columns['bias'][i, part] = parts[name]['layer'], parts[name]['bias']
+  for number, site in enumerate(sae_sites):
+    columns['error'][number, 0], columns['bias'][number, 2] = own[site][1:3]
+  for kind, rows in columns.items():
+    nodes += [_small_node(kind, *key, sae_sites) for key in _rank(rows, k, n_tokens)]
+  by_token = {name: sum(sums[name] for *_, sums in layers)[:n_tokens].tolist() for name in ('attention_to', 'attention_from', 'mlp')}
+  by_token['embedding'] = embedding['total_effect'][:n_tokens].tolist()
+  by_token['latents'] = sum((own[site][3] for site in saes), np.zeros(len(run.grad_td)))[:n_tokens].tolist()
+  sums = _sums(layers, own, embedding, int(stream), None if traced < 0 else sae_sites[traced])
+  residual = float(objective) - sum(sums.values()) - float(final_bias)
+  completeness = schema.Completeness(
+    objective=float(objective), final_bias=float(final_bias), residual=residual, exact=exact, **sums
+  )
+  return Found(nodes, schema.ByToken(**by_token), completeness)
+
+
+def _layer(model, saes, run, i, lot):
+  def short(found):
+    names = {site: site.split('.')[-1] for site in found if site.startswith(f'h.{i}.')}
+    return {name: found[site][0] for site, name in names.items() if not site.endswith(sites.SPLICED)}
+
+  stands_for = lambda *names: any(f'h.{i}.{name}' in saes for name in names)
+  return _layer_extremes(
+    model.h[i],
+    short(run.acts),
+    short(run.grads),
+    run,
+    is_upstream(run, saes, f'h.{i}.resid.delta_attn'),
+    is_upstream(run, saes, f'h.{i}.resid.delta_mlp'),
+    lot,
+    not stands_for('attn.v_out', 'resid.delta_attn'),
+    not stands_for('mlp.post_act', 'resid.delta_mlp'),
+  )
+
+
+def _sae(model, saes, run, site, lot):
+  mine = lambda found: {name: found[site + name][0] for name in sites.SPLICED if site + name in found}
+  upstream = is_upstream(run, saes, site)
+  return _sae_extremes(model, saes[site], site, mine(run.acts), mine(run.grads), run, upstream, lot)
+
+
+def _merge(extremes, k) -> list[tuple[int, tuple[int, ...]]]:
+  """Returns (layer or SAE, index of a node) of the extremes of all columns, each once, from those of each layer."""
+  found = {}
+  if not extremes:
+    return []
+  indices = np.stack([indices for _, (indices, _), _ in extremes])  # [layer, column, 2, lot]
+  values = np.stack([values for _, (_, values), _ in extremes])
+  for column in range(values.shape[1]):
+    for end, sign in enumerate((1, -1)):
+      signed = sign * values[:, column, end]
+      order = np.argsort(-signed, axis=None, kind='stable')[:k]
+      order = order[signed.reshape(-1)[order] > 0]
+      for row, place in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
+        where, _, shape = extremes[row]
+        flat = indices[row, column, end, place]
+        found[where, tuple(int(i) for i in _unravel(flat, shape))] = None
+  return list(found)
+
+
+def _unravel(flat, shape):
+  """Returns an index into an array whose first axis is as long as needed where its size is given as 0."""
+  return np.unravel_index(flat, shape) if shape[0] else divmod(flat, shape[1])
+
+
+def _rank(rows: dict, k: int, n_tokens: int) -> list[tuple[int, int, int]]:
+  """Returns (where, index, token) of the k largest and smallest of columns [token] of few nodes."""
+  found, keys = {}, list(rows)
+  for name in ('write_norm', 'total_effect', 'direct_effect'):
+    if not keys or name not in rows[keys[0]]:
+      continue
+    values = np.stack([rows[key][name][:n_tokens] for key in keys])
+    for sign in (1, -1):
+      order = np.argsort(-sign * values, axis=None, kind='stable')[:k]
+      order = order[sign * values.reshape(-1)[order] > 0]
+      for row, token in zip(*np.unravel_index(order[::sign], values.shape), strict=True):
+        found[*keys[row], int(token)] = None
+  return list(found)
+
+
+def _node(kind, where, index, sae_sites) -> schema.Node:
+  if kind == 'head':
+    head, token, source = index
+    return schema.Node(kind=kind, layer=where, index=head, token=token, source=source)
+  token, index = index
+  if kind == 'neuron':
+    return schema.Node(kind=kind, layer=where, token=token, index=index)
+  return schema.Node(kind=kind, site=sae_sites[where], token=token, index=index)
+
+
+def _small_node(kind, where, index, token, sae_sites) -> schema.Node:
+  match kind:
+    case 'embedding':
+      return schema.Node(kind=kind, token=token)
+    case 'head_token':
+      return schema.Node(kind=kind, layer=where, index=index, token=token)
+    case 'head_total':
+      return schema.Node(kind=kind, layer=where, index=index)
+    case 'error':
+      return schema.Node(kind=kind, site=sae_sites[where], token=token)
+    case _ if index == PARTS.index('sae'):
+      return schema.Node(kind=kind, site=sae_sites[where], token=token)
+    case _:
+      return schema.Node(kind=kind, layer=where, site=PARTS[index], token=token)
+
+
+def _sums(layers, own, embedding, stream: int, traced: str | None) -> dict[str, float]:
+  """Returns the direct effects of all that the stream is made of, by kind.
+
+  An SAE stands for what it reads: on the residual stream, for all before it.
+  """
+  begins = [site for site in own if site != traced and '.resid.post_' in f'.{site}' and writes_to(site) <= stream]
+  first = max(begins, key=writes_to, default=None)
+  begin = -1 if first is None else writes_to(first)
+  stands = [] if first is None else [first]
+  sums = dict.fromkeys(('embedding', 'attention', 'mlp', 'latents', 'errors', 'biases'), 0.0)
+  if first is None:
+    sums['embedding'] = float(embedding['direct_effect'].sum())
+  for i, (_, by_head, parts, layer_sums) in enumerate(layers):
+    for part, written, inner in (('attn', 2 * i + 1, 'attn.v_out'), ('mlp', 2 * i + 2, 'mlp.post_act')):
+      if not begin < written <= stream:
+        continue
+      sae_site = next((s for s in (f'h.{i}.resid.delta_{part}', f'h.{i}.{inner}') if s in own), None)
+      if sae_site is not None:
+        stands.append(sae_site)
+      elif part == 'attn':
+        sums['attention'] += float(by_head['direct_effect'].sum())
+      else:
+        sums['mlp'] += float(layer_sums['neurons'])
+      if sae_site is None or sae_site.endswith(inner):
+        sums['biases'] += float(parts[part]['bias']['direct_effect'].sum())
+  for site in stands:
+    _, error, bias, _, latents = own[site]
+    sums['latents'] += float(latents)
+    sums['errors'] += float(error['direct_effect'].sum())
+    sums['biases'] += float(bias['direct_effect'].sum())
+  return sums

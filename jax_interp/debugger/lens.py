@@ -1,0 +1,202 @@
+"""Nodes in tokens of the vocabulary: what they promote, what excites them, what comes next (debugger.md 1: rows 8 to 10,
+16, 27, 28).
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_interp.debugger import effects, objectives, schema
+from jax_interp.debugger.subject import Subject
+
+LOT = 64  # nodes whose logits are in memory together
+N_CANDIDATES = 100
+N_ATTRIBUTED = 3  # tokens that an attention latent is attributed to
+
+
+@functools.partial(jax.jit, static_argnames='n')
+def _both_ends(scores_nv, n):
+  """Returns indices [2, row, n] of the largest and the smallest of each row, and their values."""
+  ends = jnp.stack([scores_nv, -scores_nv])
+  indices = jax.vmap(jax.vmap(functools.partial(effects.largest, k=n)))(ends)
+  return indices, jnp.take_along_axis(jnp.stack([scores_nv] * 2), indices, -1)
+
+
+@functools.partial(jax.jit, static_argnames='n')
+def _promoted(model, write_nd, n):
+  logits_nv = model.promoted_logits(write_nd)
+  return _both_ends(logits_nv - logits_nv.mean(1, keepdims=True), n)
+
+
+@functools.partial(jax.jit, static_argnames='n')
+def _exciting(model, reads_nd, n):
+  return _both_ends(jnp.einsum('nd,vd->nv', reads_nd, model.wte.embedding[...]), n)
+
+
+def _in_lots(function, model, rows_nd, n: int, n_rows: int):
+  """Returns `function` of all rows, lot by lot, on the host."""
+  rows_nd = jnp.pad(rows_nd, ((0, -len(rows_nd) % LOT), (0, 0)))
+  found = [function(model, rows_nd[i : i + LOT], n) for i in range(0, n_rows, LOT)]
+  indices, values = zip(*jax.device_get(found), strict=True)
+  return np.concatenate(indices, 1)[:, :n_rows], np.concatenate(values, 1)[:, :n_rows]
+
+
+def _tokens(subject: Subject, indices, values) -> schema.Tokens:
+  return schema.Tokens(tokens=subject.tokens(indices), values=[float(x) for x in values])
+
+
+@jax.jit
+def neuron_reads(model, run: effects.Run, nodes: effects.NodeArrays) -> jax.Array:
+  """Returns the gradient [node, d_model] of neurons' pre-activations at the stream behind attention, scales held."""
+  reads_nd = jnp.zeros((len(nodes), model.config.d_model))
+  for i, block in enumerate(model.h):
+    rows_nd = block.mlp.c_fc.kernel[...].T[jnp.minimum(nodes.index, model.config.n_neurons - 1)].astype(jnp.float32)
+    scale_n1 = run.acts[f'h.{i}.mlp_ln.scale'][0, jnp.maximum(nodes.token, 0)]
+    found_nd = transposed(block.mlp_ln, rows_nd) / scale_n1
+    reads_nd += jnp.where((nodes.where == i)[:, None], found_nd, 0)
+  return reads_nd
+
+
+def transposed(norm, x_nd):
+  """Returns the transpose of `norm.linear`: what reads x of a norm's output reads of its input, times the scale."""
+  return jax.linear_transpose(norm.linear, jax.ShapeDtypeStruct(x_nd.shape, jnp.float32))(x_nd)[0]
+
+
+@functools.partial(jax.jit, static_argnames='site')
+def _latent_reads(model, sae, site, stream_td, scale_t1, tokens_n, indices_n):
+  """Returns the gradient [node, d_model] of latents of an MLP, at the stream behind attention, the scale held."""
+  block = model.h[int(site.split('.')[1])]
+
+  def pre_activation(x_d, token, index):
+    normed_d = block.mlp_ln.linear(x_d) / scale_t1[token] + block.mlp_ln.shift
+    acts = mlp_acts(block, normed_d, site.endswith('delta_mlp'))
+    return objectives.pre_activation(sae, acts, index)
+
+  return jax.vmap(jax.grad(pre_activation))(stream_td[tokens_n].astype(jnp.float32), tokens_n, indices_n)
+
+
+def mlp_acts(block, normed_d, out: bool) -> jax.Array:
+  """Returns a layer's neurons [n], or what its MLP writes [d_model], of one normed input [d_model]."""
+  from models.sites import Tap
+
+  tap = Tap(capture=('post_act',))
+  delta_btd = block.mlp(normed_d[None, None], tap)
+  return delta_btd[0, 0] if out else tap.acts['post_act'][0, 0]
+
+
+def excited(subject: Subject, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, np.ndarray]:
+  """Returns {row: gradient [d_model]} of the pre-activations of neurons and latents of MLPs."""
+  rows = {}
+  neurons = [i for i, node in enumerate(nodes) if node.kind == 'neuron']
+  if neurons:
+    found = neuron_reads(subject.model, run, effects.arrays([nodes[i] for i in neurons], tuple(saes)))
+    rows |= dict(zip(neurons, found[: len(neurons)], strict=True))
+  for site, sae in saes.items():
+    mine = [i for i, node in enumerate(nodes) if node.kind == 'latent' and node.site == site]
+    if mine and site.endswith(('mlp.post_act', 'delta_mlp')):
+      arrays = effects.arrays([nodes[i] for i in mine], tuple(saes))
+      layer = site.split('.')[1]
+      stream, scale = run.acts[f'h.{layer}.resid.post_attn'][0], run.acts[f'h.{layer}.mlp_ln.scale'][0]
+      found = _latent_reads(subject.model, sae, site, stream, scale, arrays.token, arrays.index)
+      rows |= dict(zip(mine, found[: len(mine)], strict=True))
+  return rows
+
+
+@functools.partial(jax.jit, static_argnames='site')
+def _attributions(model, sae, site, acts, tokens_n, indices_n):
+  """Returns [node, source]: what each latent of attention output has from each source token."""
+  _, layer, part, _ = site.split('.')
+  block = model.h[int(layer)]
+  value_thc, probs_hts = acts['v'], acts['qk_probs']
+  n_head, heads = probs_hts.shape[0], probs_hts.shape[0] // value_thc.shape[1]
+  del part
+  kernel_hcd = block.attn.c_proj.kernel[...]
+
+  def one(token, index):
+    read_x = jax.grad(lambda x: objectives.pre_activation(sae, x, index))(acts['.input'][token].astype(jnp.float32))
+    if site.endswith('v_out'):
+      reads_hc = read_x.reshape(n_head, -1)
+    else:
+      reads_hc = jnp.einsum('hcd,d->hc', kernel_hcd, read_x)
+    v_shc = jnp.repeat(value_thc, heads, axis=1)
+    found_s = jnp.einsum('hs,shc,hc->s', probs_hts[:, token], v_shc, reads_hc)
+    return jnp.where(acts['.latents'][token, index] > 0, found_s, 0)
+
+  return jax.lax.map(lambda pair: one(*pair), (tokens_n, indices_n))
+
+
+def attributed(saes: Mapping, model, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, np.ndarray]:
+  """Returns {row: [source]} of latents of attention output; debugger.md 1, row 8."""
+  rows = {}
+  for site, sae in saes.items():
+    mine = [i for i, node in enumerate(nodes) if node.kind == 'latent' and node.site == site]
+    if mine and site.endswith(('v_out', 'delta_attn')):
+      arrays = effects.arrays([nodes[i] for i in mine], tuple(saes))
+      prefix = f'h.{site.split(".")[1]}.attn'
+      acts = {name: run.acts[f'{prefix}.{name}'][0] for name in ('v', 'qk_probs')}
+      acts |= {name: run.acts[f'{site}{name}'][0] for name in ('.input', '.latents')}
+      found = jax.device_get(_attributions(model, sae, site, acts, arrays.token, arrays.index))
+      rows |= dict(zip(mine, found[: len(mine)], strict=True))
+  return rows
+
+
+def node_tokens(
+  subject: Subject, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node], n: int
+) -> list[schema.NodeTokens]:
+  """Returns the tokens of each row of a table, n of each list; none if n is 0."""
+  if not n or not nodes:
+    return []
+  model = subject.model
+  n = min(n, model.config.n_vocab)
+  write_nd = effects.write_vectors(model, saes, run, effects.arrays(nodes, tuple(saes)))
+  indices, values = _in_lots(_promoted, model, write_nd, n, len(nodes))
+  reads = excited(subject, saes, run, nodes)
+  order = {row: place for place, row in enumerate(reads)}
+  if reads:
+    read_indices, read_values = _in_lots(_exciting, model, jnp.stack(list(reads.values())), n, len(reads))
+  attributions = attributed(saes, model, run, nodes)
+  rows = []
+  for row in range(len(nodes)):
+    ends = [_tokens(subject, indices[end, row], values[end, row]) for end in (0, 1)]
+    inputs = [None, None]
+    if row in order:
+      inputs = [_tokens(subject, read_indices[end, order[row]], read_values[end, order[row]]) for end in (0, 1)]
+    own = attributions.get(row)
+    top = [] if own is None else np.argsort(-own, kind='stable')[:N_ATTRIBUTED]
+    rows.append(
+      schema.NodeTokens(
+        node=row,
+        promoted=ends[0],
+        suppressed=ends[1],
+        excited_by=inputs[0],
+        inhibited_by=inputs[1],
+        attributed_to=None if own is None else [int(t) for t in top],
+        attributions=None if own is None else [float(own[t]) for t in top],
+      )
+    )
+  return rows
+
+
+@jax.jit
+def _logits(model, z_td, token):
+  return jnp.einsum('d,vd->v', z_td[token], model.unembedding, preferred_element_type=jnp.float32)
+
+
+def candidates(subject: Subject, z_td: jax.Array, token: int, pinned: Sequence[int]) -> schema.Candidates:
+  """Returns the most probable next tokens at a token, after those that are pinned."""
+  logits_v = np.asarray(_logits(subject.model, z_td, np.int32(token)))
+  order = np.argsort(-logits_v, kind='stable')
+  rank_v = np.empty(len(order), np.int64)
+  rank_v[order] = np.arange(len(order))
+  listed = list(dict.fromkeys([*pinned, *order[:N_CANDIDATES].tolist()]))
+  log_z = np.logaddexp.reduce(logits_v.astype(np.float64))
+  return schema.Candidates(
+    token=token,
+    tokens=subject.tokens(listed),
+    logits=[float(logits_v[i]) for i in listed],
+    probabilities=[float(np.exp(logits_v[i] - log_z)) for i in listed],
+    ranks=[int(rank_v[i]) for i in listed],
+  )

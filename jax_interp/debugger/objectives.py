@@ -1,0 +1,322 @@
+"""Objectives as arrays: which number of a run is explained, without compiling anew for another.
+
+`Question` is what `schema.Objective` comes to: a number that says which kind, and arrays of fixed shape. `value` reads
+it off the activations of a run, differentiably; only the branch that is asked for is computed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_interp.debugger import schema
+from jax_interp.debugger.subject import Subject
+
+N_SLOTS = 16  # token positions with a token each that an objective can be about
+LOGITS, LOG_PROBS, KL, ENTROPY, PROJECTION, NEURON, LATENT, ATTENTION, WRITE = range(9)
+LINEAR = (LOGITS, PROJECTION, NEURON)  # in the residual stream they are read from, with the norm's scale held
+THROUGH = {'q': (True, False), 'k': (False, True), 'qk': (True, True), 'v': (False, False), 'all': (True, True)}
+
+# What `value` reads, of a whole run.
+READS = ('resid.post_ln_f', 'h.*.mlp.pre_act', 'h.*.attn.q', 'h.*.attn.k', 'h.*.attn.v', 'h.*.attn.qk_probs')
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=[
+    'kind', 'positions_k', 'tokens_k', 'weights_k', 'log_probs_v', 'direction_d', 'stream', 'layer', 'token', 'source',
+    'index', 'through',
+  ],
+  meta_fields=[],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """An objective.
+
+  Attributes:
+    kind: one of the constants above.
+    positions_k, tokens_k, weights_k: of LOGITS, LOG_PROBS: sum of weight times the token's number at the position; of
+      KL and ENTROPY, the first position.
+    log_probs_v: of KL: what the run is compared with.
+    direction_d: of PROJECTION: the direction; of WRITE: the gradient that the head's write is projected on.
+    stream: which residual stream the objective is read from: 0 the embedding, 2 i + 1 behind the attention of layer i,
+      2 i + 2 behind its MLP.
+    layer, token, source, index: of the node that NEURON, LATENT, ATTENTION, WRITE are of; of LATENT, layer is the
+      number of the SAE among those spliced in. `token` is where every objective is read last.
+    through: two booleans, whether gradients pass queries, and keys.
+  """
+
+  kind: int
+  positions_k: np.ndarray
+  tokens_k: np.ndarray
+  weights_k: np.ndarray
+  log_probs_v: jax.Array | np.ndarray
+  direction_d: jax.Array | np.ndarray
+  stream: int
+  layer: int
+  token: int
+  source: int
+  index: int
+  through: np.ndarray
+
+
+def stream_site(stream: int) -> str:
+  """Returns the site of a residual stream, numbered as in `Question`."""
+  return 'resid.post_emb' if not stream else f'h.{(stream - 1) // 2}.resid.{("post_attn", "post_mlp")[1 - stream % 2]}'
+
+
+def read_from(site: str) -> int:
+  """Returns the residual stream that what stands at a site of a layer is computed from."""
+  if site == 'resid.post_emb':
+    return 0
+  _, layer, *_, name = site.split('.')
+  return 2 * int(layer) + {'v_out': 0, 'delta_attn': 0, 'post_act': 1, 'delta_mlp': 1, 'post_attn': 1, 'post_mlp': 2}[
+    name
+  ]
+
+
+def question(
+  subject: Subject, objective, n_prompt: int, n_tokens: int, sae_sites: tuple[str, ...], tokens: list[int]
+) -> Question:
+  """Returns the arrays of an objective; KL and head_write still lack what only other runs know.
+
+  Args:
+    subject: of the request.
+    objective: any of `schema.Objective`.
+    n_prompt: tokens of the prompt.
+    n_tokens: with those of a continuation.
+    sae_sites: where SAEs are spliced in, in the order of the run.
+    tokens: of prompt and continuation.
+
+  Raises:
+    ValueError: a token, head, neuron, latent or site is not there.
+  """
+  config, at = subject.model.config, subject.position
+  last_stream = 2 * config.n_layer
+  fields = {
+    'positions_k': np.zeros(N_SLOTS, np.int32),
+    'tokens_k': np.zeros(N_SLOTS, np.int32),
+    'weights_k': np.zeros(N_SLOTS, np.float32),
+    'log_probs_v': np.zeros(config.n_vocab, np.float32),
+    'direction_d': np.zeros(config.d_model, np.float32),
+    'stream': last_stream,
+    'layer': 0,
+    'token': n_prompt - 1,
+    'source': 0,
+    'index': 0,
+    'through': np.array([False, False]),
+  }
+  match objective:
+    case schema.LogitDifference() | schema.LogProbability():
+      t = at(objective.token, n_prompt)
+      groups = [(objective.targets, 1.0), (getattr(objective, 'distractors', []), -1.0)]
+      pairs = [(subject.token(text), sign / len(texts)) for texts, sign in groups for text in texts]
+      fields |= _slots([(t, token, weight) for token, weight in _merged(pairs)]) | {'token': t}
+      fields['kind'] = LOGITS if objective.kind == 'logit_difference' else LOG_PROBS
+    case schema.Continuation():
+      positions = range(n_prompt - 1, n_tokens - 1)
+      if not 1 <= len(positions) <= N_SLOTS:
+        raise ValueError(f'the continuation has {len(positions)} tokens; give 1 to {N_SLOTS}')
+      fields |= _slots([(t, tokens[t + 1], 1.0) for t in positions]) | {'kind': LOG_PROBS}
+    case schema.KL() | schema.Entropy():
+      t = at(objective.token, n_prompt)
+      fields |= _slots([(t, 0, 1.0)]) | {'token': t, 'kind': KL if objective.kind == 'kl' else ENTROPY}
+    case schema.Projection():
+      sites = [stream_site(i) for i in range(last_stream + 1)]
+      if objective.site not in sites:
+        raise ValueError(f'{objective.site!r} is no residual stream; those are {sites[0]}, {sites[1]} to {sites[-1]}')
+      if len(objective.direction) != config.d_model:
+        raise ValueError(f'the direction has {len(objective.direction)} numbers; the stream has {config.d_model}')
+      fields |= {'kind': PROJECTION, 'stream': sites.index(objective.site), 'token': at(objective.token, n_prompt)}
+      fields['direction_d'] = np.array(objective.direction, np.float32)
+    case schema.PreActivation():
+      node = check_node(subject, objective.node, n_tokens, sae_sites, ('neuron', 'latent'))
+      fields |= {'token': node.token, 'index': node.index}
+      if node.kind == 'neuron':
+        fields |= {'kind': NEURON, 'layer': node.layer, 'stream': 2 * node.layer + 1}
+      else:
+        fields |= {'kind': LATENT, 'layer': sae_sites.index(node.site), 'stream': read_from(node.site)}
+    case schema.AttentionLogit() | schema.HeadWrite():
+      node = check_node(subject, objective.node, n_tokens, sae_sites, ('head',))
+      fields |= {'token': node.token, 'source': node.source, 'index': node.index, 'layer': node.layer}
+      fields |= {'kind': ATTENTION if objective.kind == 'attention_logit' else WRITE, 'stream': 2 * node.layer}
+      fields['through'] = np.array(THROUGH[objective.through])
+  return Question(**fields)
+
+
+def _merged(pairs):
+  weights = {}
+  for token, weight in pairs:
+    weights[token] = weights.get(token, 0.0) + weight
+  if len(weights) > N_SLOTS:
+    raise ValueError(f'{len(weights)} different targets and distractors; give at most {N_SLOTS}')
+  return weights.items()
+
+
+def _slots(triples):
+  positions, tokens, weights = np.zeros(N_SLOTS, np.int32), np.zeros(N_SLOTS, np.int32), np.zeros(N_SLOTS, np.float32)
+  for i, (position, token, weight) in enumerate(triples):
+    positions[i], tokens[i], weights[i] = position, token, weight
+  positions[len(triples) :] = positions[0]
+  return {'positions_k': positions, 'tokens_k': tokens, 'weights_k': weights}
+
+
+def check_node(subject: Subject, node: schema.Node, n_tokens: int, sae_sites, kinds) -> schema.Node:
+  """Returns the node with its tokens counted from 0.
+
+  Raises:
+    ValueError: it is of none of these kinds, or there is no such component or token.
+  """
+  if node.kind not in kinds:
+    raise ValueError(f'{node.label} is of kind {node.kind}; here it must be one of {", ".join(kinds)}')
+  config = subject.model.config
+  if node.kind == 'latent':
+    if node.site not in sae_sites:
+      raise ValueError(f'no SAE is spliced in at {node.site!r}; there is one at {list(sae_sites) or "no site"}')
+    _check(node.index, subject.saes[node.site].n_latents, 'latent')
+  elif node.kind != 'embedding':
+    _check(node.layer, config.n_layer, 'layer')
+    if node.kind not in ('layer', 'bias'):
+      _check(node.index, config.n_neurons if node.kind == 'neuron' else config.n_head, node.kind)
+  if node.token is None:
+    raise ValueError(f'{node.label} has no token; say at which token of the prompt')
+  token, source = subject.position(node.token, n_tokens), None
+  if node.kind == 'head':
+    if node.source is None:
+      raise ValueError(f'{node.label} has no source; say which token it attends to')
+    source = subject.position(node.source, n_tokens, 'source')
+    if source > token:
+      raise ValueError(f'source {source} is behind token {token}; attention looks back')
+  return node.model_copy(update={'token': token, 'source': source})
+
+
+def _check(index: int | None, n: int, what: str):
+  if index is None or not 0 <= index < n:
+    raise ValueError(f'{what} {index} is not there; there are {n}, from 0')
+
+
+def value(question: Question, model, saes: dict, acts: dict) -> jax.Array:
+  """Returns the objective [] of a run of one prompt, from the activations at READS, streams and inputs of the SAEs."""
+  n_layer, t, s, i = model.config.n_layer, question.token, question.source, question.index
+  at_layer = lambda site, take: jnp.stack([take(acts[f'h.{n}.{site}'][0]) for n in range(n_layer)])[question.layer]
+  group = i // (model.config.n_head // acts['h.0.attn.k'].shape[2])
+  held = lambda x, live: jnp.where(live, x, jax.lax.stop_gradient(x))
+  z_kd = acts['resid.post_ln_f'][0, question.positions_k].astype(jnp.float32)
+  streams = [acts[stream_site(n)][0, t] for n in range(2 * n_layer + 1)]
+  small = {
+    'z_kd': z_kd,
+    'x_d': jnp.stack(streams)[question.stream].astype(jnp.float32),
+    'pre_act': at_layer('mlp.pre_act', lambda x_tn: x_tn[t, i]),
+    'inputs': [acts[f'{site}.input'][0, t] for site in saes],
+    'q_c': held(at_layer('attn.q', lambda x_thc: x_thc[t, i]), question.through[0]),
+    'k_c': held(at_layer('attn.k', lambda x_tgc: x_tgc[s, group]), question.through[1]),
+    'v_c': at_layer('attn.v', lambda x_tgc: x_tgc[s, group]),
+    'prob': held(at_layer('attn.qk_probs', lambda x_hts: x_hts[i, t, s]), question.through.any()),
+  }
+  small = jax.tree.map(lambda x: x.astype(jnp.float32), small)
+  out_lhcd = lambda: jnp.stack([block.attn.c_proj.kernel[...][i] for block in model.h])[question.layer]
+
+  def logits(x):
+    return jnp.einsum('kd,kd,k->', x['z_kd'], model.unembedding[question.tokens_k], question.weights_k)
+
+  def log_probs(x):
+    found = jnp.take_along_axis(_log_probs(model, x['z_kd']), question.tokens_k[:, None], 1)[:, 0]
+    return jnp.sum(found * question.weights_k)
+
+  def kl(x):
+    log_probs_v = _log_probs(model, x['z_kd'][:1])[0]
+    return jnp.sum(jnp.exp(question.log_probs_v) * (question.log_probs_v - log_probs_v))
+
+  def entropy(x):
+    log_probs_v = _log_probs(model, x['z_kd'][:1])[0]
+    return -jnp.sum(jnp.exp(log_probs_v) * log_probs_v)
+
+  def latent(x):
+    if not saes:
+      return jnp.zeros(())
+    found = [pre_activation(sae, x_d, i) for sae, x_d in zip(saes.values(), x['inputs'], strict=True)]
+    return jnp.stack(found)[question.layer]
+
+  branches = {
+    LOGITS: logits,
+    LOG_PROBS: log_probs,
+    KL: kl,
+    ENTROPY: entropy,
+    PROJECTION: lambda x: x['x_d'] @ question.direction_d,
+    NEURON: lambda x: x['pre_act'],
+    LATENT: latent,
+    ATTENTION: lambda x: x['q_c'] @ x['k_c'] * x['q_c'].shape[0] ** -0.5,
+    WRITE: lambda x: x['prob'] * (x['v_c'] @ (out_lhcd().astype(jnp.float32) @ question.direction_d)),
+  }
+  return jax.lax.switch(question.kind, [branches[kind] for kind in sorted(branches)], small)
+
+
+def _log_probs(model, z_kd):
+  return jax.nn.log_softmax(jnp.einsum('kd,vd->kv', z_kd, model.unembedding, preferred_element_type=jnp.float32))
+
+
+def pre_activation(sae, x_d: jax.Array, index) -> jax.Array:
+  """Returns the pre-activation [] of one latent; the scale of the SAE's input norm is a constant to gradients."""
+  _, norm = sae.normalize(x_d)
+  held_d = (x_d - norm.mean) / jax.lax.stop_gradient(norm.scale)
+  return (held_d - sae.pre_bias[...]) @ sae.encoder[...][index] + sae.latent_bias[...][index]
+
+
+def final_bias(question: Question, model, saes: dict, acts: dict, grad_z_td: jax.Array) -> jax.Array:
+  """Returns what the objective is [] beyond the residual stream: the norm's and the reader's own constants.
+
+  Args:
+    question: the objective.
+    model: the subject model.
+    saes: {site: SAE}, spliced in.
+    acts: as for `value`.
+    grad_z_td: gradient of the objective at resid.post_ln_f.
+  """
+  n_layer, t, s, i = model.config.n_layer, question.token, question.source, question.index
+  group = i // (model.config.n_head // acts['h.0.attn.k'].shape[2])
+  positions_bt = jnp.stack([jnp.full((1,), t), jnp.full((1,), s)])
+
+  def attention(x):
+    found = []
+    for n, block in enumerate(model.h):
+      shift_btd = jnp.broadcast_to(block.attn_ln.shift, (2, 1, model.config.d_model))
+      q_bthc, k_btgc, v_btgc = block.attn.qkv(shift_btd, positions_bt)
+      q_c, k_c = acts[f'h.{n}.attn.q'][0, t, i], acts[f'h.{n}.attn.k'][0, s, group]
+      through_q, through_k = q_bthc[0, 0, i] @ k_c, q_c @ k_btgc[1, 0, group]
+      logit = jnp.where(question.through[0], through_q, 0) + jnp.where(question.through[1], through_k, 0)
+      write_d = jnp.einsum('c,cd->d', v_btgc[1, 0, group], block.attn.c_proj.kernel[...][i])
+      write = acts[f'h.{n}.attn.qk_probs'][0, i, t, s] * (write_d @ question.direction_d)
+      found.append(jnp.where(question.kind == WRITE, write, logit * q_c.shape[0] ** -0.5))
+    return jnp.stack(found)[question.layer].astype(jnp.float32)
+
+  def neuron(x):
+    mlps = [block.mlp.c_fc.kernel[...][:, i].astype(jnp.float32) @ block.mlp_ln.shift + _bias(block.mlp.c_fc, i) for block in model.h]
+    return jnp.stack(mlps)[question.layer]
+
+  def latent(x):
+    if not saes:
+      return jnp.zeros(())
+    bias = lambda sae: sae.latent_bias[...][i] - sae.pre_bias[...] @ sae.encoder[...][i]
+    return jnp.stack([bias(sae) for sae in saes.values()])[question.layer]
+
+  logits = lambda x: jnp.einsum('td,d->', grad_z_td.astype(jnp.float32), model.ln_f.shift)
+  nothing = lambda x: jnp.zeros(())
+  kinds = {PROJECTION: nothing, NEURON: neuron, LATENT: latent, ATTENTION: attention, WRITE: attention}
+  return jax.lax.switch(question.kind, [kinds.get(kind, logits) for kind in range(WRITE + 1)], 0)
+
+
+def _bias(linear, index):
+  return 0.0 if linear.bias is None else linear.bias[...][index].astype(jnp.float32)
+
+
+def is_linear(question: Question, sae_sites: tuple[str, ...]) -> bool:
+  """Returns whether direct effects and biases add up to the objective exactly; see `schema.Completeness`."""
+  if question.kind == ATTENTION:
+    return question.through.sum() == 1
+  if question.kind == WRITE:
+    return not question.through.any()
+  if question.kind == LATENT:
+    return '.resid.post' in sae_sites[question.layer]
+  return question.kind in LINEAR
