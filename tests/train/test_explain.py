@@ -334,13 +334,13 @@ def test_the_command_stopped_by_sigterm_and_run_again_equals_uninterrupted(
     return answer(server, messages)
 
   monkeypatch.setattr(fake_server, '_chat', stop_then_answer)
-  _, errors = process.communicate(timeout=60)
+  _, errors = process.communicate(timeout=600)
   assert process.returncode == 0
   assert 'stopped: the finished explanations are kept' in errors
   assert not (workdir / 'explanations' / 'DONE').exists()
   monkeypatch.setattr(fake_server, '_chat', answer)
   again = _command(config, workdir)
-  _, errors = again.communicate(timeout=60)
+  _, errors = again.communicate(timeout=600)
   assert again.returncode == 0, errors
   _assert_same(workdir, whole)
 
@@ -356,7 +356,7 @@ def test_the_command_without_a_usable_server_says_so_and_fails(
   else:
     monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9/v1')  # nobody listens at that port
   process = _command(config, workdir)
-  _, errors = process.communicate(timeout=60)
+  _, errors = process.communicate(timeout=600)
   assert process.returncode == 1
   assert len([line for line in errors.splitlines() if line.startswith('error: ')]) == 1
   assert sentence in errors

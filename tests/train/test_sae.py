@@ -1,12 +1,9 @@
 """train.sae: from a store or the live model, stopped and resumed to the same numbers, and what it says to bad input."""
 
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import ml_collections
@@ -19,6 +16,7 @@ from models import sae as sae_lib
 from train import capture, command
 from train import sae as train_sae
 
+ROOT = pathlib.Path(__file__).parents[2]
 SITE, D, N_EXAMPLES, N_TOKENS = 'h.1.resid.post_mlp', 24, 40, 16
 N_STEPS, BATCH = 12, 32
 
@@ -146,23 +144,30 @@ def test_a_stopped_run_resumes_to_bit_identical_weights(mesh, activations, monke
 
 
 def test_sigterm_saves_and_the_same_command_ends_with_the_same_weights(activations):
-  config = config_of(activations, tokens=400 * BATCH, steps_per_dispatch=4, checkpoint_every=100)
+  """The signal comes while the third line of the curve is written."""
+  config = config_of(activations, tokens=40 * BATCH, steps_per_dispatch=4, checkpoint_every=100)
   (activations / 'config.py').write_text(
     f'import ml_collections\ndef get_config(): return ml_collections.ConfigDict({config.to_dict()!r})\n'
   )
+  code = """
+import itertools, os, signal
+from train import command, sae
+write, numbers = command.MetricsLog.write, itertools.count(1)
+def writing(*args):
+  if next(numbers) == 3:
+    os.kill(os.getpid(), signal.SIGTERM)
+  write(*args)
+command.MetricsLog.write = writing
+command.main(sae.run)
+"""
   workdir = activations / 'stopped'
-  arguments = ['-m', 'train.sae', f'--config={activations / "config.py"}', f'--workdir={workdir}']
-  root = pathlib.Path(__file__).parents[2]
-  first = subprocess.Popen([sys.executable, *arguments], cwd=root, stderr=subprocess.PIPE, text=True)
-  log = workdir / 'sae' / 'metrics.jsonl'
-  while first.poll() is None and not (log.exists() and log.read_text()):
-    time.sleep(0.05)
-  first.send_signal(signal.SIGTERM)
-  _, errors = first.communicate(timeout=60)
-  assert first.returncode == 0, errors
-  assert 'stopped: step' in errors
+  flags = [f'--config={activations / "config.py"}', f'--workdir={workdir}']
+  run = lambda *program: subprocess.run(
+    [sys.executable, *program, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=600, check=True
+  )
+  assert 'stopped: step 8 of 40 is saved' in run('-c', code).stderr
   assert not (workdir / 'sae' / 'final').exists()
-  subprocess.run([sys.executable, *arguments], cwd=root, check=True, env=os.environ)
+  run('-m', 'train.sae')
   with jax.set_mesh(sharding.make_mesh()):
     train_sae.run(config, activations / 'whole')
   assert weights(workdir) == weights(activations / 'whole')

@@ -178,7 +178,7 @@ print(*found, made, sep='|')
     stdout=subprocess.PIPE,
     text=True,
   )
-  first, second = [process.communicate(timeout=120)[0].splitlines()[-1] for process in [run(0), run(1)]]
+  first, second = [process.communicate(timeout=600)[0].splitlines()[-1] for process in [run(0), run(1)]]
   total = expected_et.sum()
   assert first == f"{total}|{total}|no text at 'nowhere.txt'; gi|[0, 0, 0]"
   assert second == f'{total}|{total}|process 0 could not write th|[1]'  # its own, of the folders that are not shared
