@@ -20,7 +20,9 @@ STAGES = (
   'llm',
   'explain',
   'evals',
+  'debugger',
   'report',
+  'server',
 )
 ARRAYS = {'jax', 'flax', 'numpy'}  # all that models/ needs of others
 ON_DISK = {'safetensors', 'gguf', 'transformers', 'tokenizers', 'huggingface_hub'}  # and what reads and writes weights

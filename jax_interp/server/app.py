@@ -34,6 +34,18 @@ LOOK_SECONDS = 0.2  # between two looks at whether the client is still there, an
 PING_SECONDS = 15  # between two signs of life in a stream, so that what stands in between does not close it
 RETRY_SECONDS = 5  # that a client is asked to wait when the queue is full
 EVENTS = 'text/event-stream'
+_EVENT = {  # each of a stream, as OpenAPI describes them
+  'type': 'object',
+  'properties': {
+    'event': {'enum': ['queued', 'progress', 'result', 'error']},
+    'data': {
+      'type': 'string',
+      'contentMediaType': 'application/json',
+      'description': 'JSON of Queued, Progressed, the response, or ErrorResponse.',
+    },
+  },
+  'required': ['event', 'data'],
+}
 ABOUT = (
   'Why this token and not that one: nodes of a prompt, their effects, and what is known of them. Every error has the '
   'form of ErrorResponse. What computes on the model waits in a queue; with ?stream=true or Accept: text/event-stream '
@@ -103,7 +115,12 @@ def create(
     middleware.append(Middleware(AuthenticationMiddleware, backend=_Bearer(token), on_error=_unauthorized))
   middleware.append(Middleware(RequestBodyLimitMiddleware, max_body_size=model.limits.body_bytes))
   app = fastapi_offline.FastAPIOffline(
-    title='jax_interp', description=ABOUT, version='1', redoc_url=None, middleware=middleware
+    title='jax_interp',
+    description=ABOUT,
+    version='1',
+    redoc_url=None,
+    separate_input_output_schemas=False,
+    middleware=middleware,
   )
   app.add_exception_handler(errors.Failed, errors.on_failed)
   app.add_exception_handler(HTTPException, errors.on_http)
@@ -222,7 +239,7 @@ def _add_job(
     tags=[tag],
     response_model=endpoint.response,
     responses={
-      200: {'description': endpoint.response.__doc__, 'content': {EVENTS: {'schema': {'type': 'string'}}}},
+      200: {'description': endpoint.response.__doc__, 'content': {EVENTS: {'itemSchema': _EVENT}}},
       **_may_fail(413, 422, 503, 504, *statuses),
     },
   )

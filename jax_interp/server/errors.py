@@ -39,7 +39,7 @@ class InvalidField(pydantic.BaseModel):
   """What is wrong with one field of a request."""
 
   field: str = Field(description="Where it is, such as 'body.objective.targets'.")
-  message: str
+  message: str = Field(description='What it should be.')
 
 
 class Error(pydantic.BaseModel):
@@ -54,7 +54,7 @@ class Error(pydantic.BaseModel):
 class ErrorResponse(pydantic.BaseModel):
   """Every answer of a status from 400 on."""
 
-  error: Error
+  error: Error = Field(description='What went wrong.')
 
 
 class Failed(Exception):

@@ -112,11 +112,16 @@ class Worker:
     with self._lock:
       return self._jobs.index(job) if job in self._jobs else 0
 
-  def stop(self):
-    """Takes no more jobs, drops those that wait, and asks the running one to end."""
+  def stop(self, wait: float = 0) -> bool:
+    """Takes no more jobs, drops those that wait, and asks the running one to end; returns whether it has.
+
+    Args:
+      wait: seconds for it to end.
+    """
     with self._lock:
       self._stopping = True
       jobs = list(self._jobs)
     for job in jobs:
       job.cancel()
     self._pool.shutdown(wait=False)
+    return not concurrent.futures.wait([job.future for job in jobs], timeout=wait).not_done
