@@ -5,10 +5,13 @@ and their names are the same where they mean the same: whatever the family, `h.5
 what `h.5.mlp.post_act` multiplies, and `h.5.attn.c_proj.kernel` [head, channel, d_model] what `h.5.attn.v_out` does.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models import sharding
 from models.sites import Tap
 
 INIT_STD = 0.02
@@ -27,17 +30,25 @@ class Embedding(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """A kernel and, where wanted, a bias of the last axes of its shape; the caller writes the einsum.
+  """A kernel of n_in input axes and, where wanted, a bias of the others; the caller writes the einsum.
 
   Products are summed in float32 and come back in the dtype of the input, so bfloat16 parameters round once.
   """
 
   def __init__(self, rngs, shape, n_in, std=INIT_STD, out_sharding=(), bias=True):
+    self.n_in = n_in
     self.kernel = normal(rngs, shape, std, out_sharding)
     self.bias = nnx.Param(jnp.zeros(shape[n_in:]), out_sharding=out_sharding[n_in:]) if bias else None
 
   def __call__(self, subscripts: str, x: jax.Array) -> jax.Array:
-    y = jnp.einsum(subscripts, x, self.kernel[...], preferred_element_type=jnp.float32)
+    kernel = self.kernel[...]
+    if sharding.is_cut('model'):
+      y = jnp.einsum(subscripts, x, kernel, preferred_element_type=jnp.float32)
+    else:  # as one matrix: for the gradient of a product over several axes XLA copies the kernel, transposed
+      lead, shape = x.shape[: x.ndim - self.n_in], kernel.shape
+      matrix = kernel.reshape(math.prod(shape[: self.n_in]), -1)
+      y = jnp.matmul(x.reshape(*lead, -1), matrix, preferred_element_type=jnp.float32)
+      y = y.reshape(*lead, *shape[self.n_in :])
     if self.bias is not None:
       y += self.bias[...]
     return y.astype(x.dtype)

@@ -39,6 +39,11 @@ def divides(axis: str, size: int) -> bool:
   return size % jax.sharding.get_abstract_mesh().shape.get(axis, 1) == 0
 
 
+def is_cut(axis: str) -> bool:
+  """Returns whether the ambient mesh has several devices along an axis."""
+  return jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
+
+
 def fitting(dims: str, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns the PartitionSpec of an array of these dimensions and sizes; what its axis does not divide stays whole."""
   axes = zip(spec(dims), shape, strict=True)

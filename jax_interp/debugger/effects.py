@@ -22,8 +22,8 @@ from models import sites
 
 KINDS = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'bias', 'error', 'head_total', 'layer')
 BLOCK = 256  # how many numbers are compared by their largest first, when the largest of many are sought
-ROWS = (64, 256, 1024, 4096)  # nodes are described in lots of one of these sizes
-PARTS = ('attn', 'mlp', 'sae')  # that biases and layers are of
+ROWS = (16, 64, 256, 1024)  # nodes of a layer are described in lots of one of these sizes
+PARTS = ('attn', 'mlp')  # of a layer
 STREAMS = ('post_attn', 'post_mlp', '_ln.scale')
 
 Array = jax.Array
@@ -93,7 +93,9 @@ def run(
   deltas = 'h.*.resid.delta_attn', 'h.*.resid.delta_mlp'
   read = (*objectives.READS, *streams, *spliced, *deltas, 'h.*.mlp.post_act', 'h.*.attn.v_out', '*_ln.scale')
   objective = lambda _, acts: objectives.value(question, model, saes, acts)
-  value, acts, grads = sites.acts_and_grads(model, tokens_bt, objective, read, edits(model, saes, held, question, extra))
+  value, acts, grads = sites.acts_and_grads(
+    model, tokens_bt, objective, read, edits(model, saes, held, question, extra)
+  )
   grad_td = jnp.stack([grads[site][0] for site in streams])[question.stream]
   latent, traced_sae = question.kind == objectives.LATENT, -1
   for number, site in enumerate(saes):
@@ -106,7 +108,10 @@ def run(
   return Run(
     value,
     final_bias,
-    kept(acts, ('qk_probs', '.v', 'v_out', 'post_act', 'post_emb', 'delta_attn', 'delta_mlp', *sites.SPLICED, 'ln_f', *STREAMS)),
+    kept(
+      acts,
+      ('qk_probs', '.v', 'v_out', 'post_act', 'post_emb', 'delta_attn', 'delta_mlp', *sites.SPLICED, 'ln_f', *STREAMS),
+    ),
     kept(grads, ('qk_probs', 'post_act', 'post_emb', 'delta_attn', 'delta_mlp', '.latents', '.error')),
     grad_td.astype(jnp.float32),
     jnp.asarray(question.stream),
@@ -141,152 +146,177 @@ def is_upstream(run: Run, saes: Mapping, site: str) -> Array:
 # Describing nodes
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=['kind', 'where', 'token', 'source', 'index'], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['kind', 'token', 'source', 'index'], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class NodeArrays:
-  """Nodes as arrays [node]: kind in KINDS; `where` is the layer, of a latent, an error or an SAE's bias the SAE's number.
-
-  `index` of a bias is 0 for attention, 1 for the MLP, 2 for an SAE; of a layer 0 and 1. A missing token is -1.
-  """
+class Rows:
+  """Nodes of one layer, one SAE or the embedding as arrays [node]; kind in KINDS; what is missing is -1."""
 
   kind: np.ndarray
-  where: np.ndarray
   token: np.ndarray
   source: np.ndarray
   index: np.ndarray
 
-  def __len__(self):
-    return len(self.kind)
+  def of(self, *kinds: str) -> Array:
+    """Returns which rows are of these kinds."""
+    return jnp.isin(self.kind, jnp.array([KINDS.index(kind) for kind in kinds]))
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['activation', 'write_norm', 'direct_effect', 'total_effect', 'write_nd'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Described:
+  """Columns of a table [node], nan where undefined, and what each node adds to the stream at its token, [node, d]."""
+
+  activation: Array
+  write_norm: Array
+  direct_effect: Array
+  total_effect: Array
+  write_nd: Array
 
 
-def arrays(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> NodeArrays:
-  """Returns nodes as arrays, padded with copies of the first to a size of ROWS (there must be one)."""
-  rows = []
-  for node in nodes:
-    sae = node.site in sae_sites
-    where = sae_sites.index(node.site) if sae else node.layer or 0
-    index = node.index or 0
-    if node.kind in ('bias', 'layer'):
-      index = PARTS.index('sae' if sae else node.site)
+def groups(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> dict[object, tuple[list[int], Rows]]:
+  """Returns {layer, SAE's site or 'embedding': (numbers of its nodes, the nodes as arrays)}.
+
+  The arrays are padded to a size of ROWS with copies of their first, so that few sizes are compiled.
+  """
+  found = {}
+  for number, node in enumerate(nodes):
+    own = node.kind in ('latent', 'error') or node.site in sae_sites
+    key = node.site if own else 'embedding' if node.kind == 'embedding' else node.layer
+    part = node.kind in ('bias', 'layer') and not own
+    index = PARTS.index(node.site) if part else node.index
     absent = lambda position: -1 if position is None else position
-    rows.append((KINDS.index(node.kind), where, absent(node.token), absent(node.source), index))
-  n = next((size for size in ROWS if size >= len(rows)), len(rows))
-  return NodeArrays(*np.array(rows + rows[:1] * (n - len(rows)), np.int32).T)
+    row = (KINDS.index(node.kind), absent(node.token), absent(node.source), absent(index))
+    numbers, rows = found.setdefault(key, ([], []))
+    numbers.append(number)
+    rows.append(row)
+
+  def padded(rows):
+    size = next((size for size in ROWS if size >= len(rows)), len(rows))
+    return Rows(*np.array(rows + rows[:1] * (size - len(rows)), np.int32).T)
+
+  return {key: (numbers, padded(rows)) for key, (numbers, rows) in found.items()}
+
+
+def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> Described:
+  """Returns nodes in a run, in their order.
+
+  Write vectors: of a neuron activation times its row of the output matrix; of a head at a pair probability times value
+  through the output matrix; of a latent activation times its row of the decoder, undone by the SAE's norm
+  (debugger.md 0); of a head_total the sum over tokens.
+  """
+  numbers, found = [], []
+  for key, (mine, rows) in groups(nodes, tuple(saes)).items():
+    if key == 'embedding':
+      described = _describe_embedding(run, rows)
+    elif key in saes:
+      upstream = is_upstream(run, saes, key)
+      described = _describe_sae(model, saes[key], key, *own_acts(run, key), run, upstream, rows)
+    else:
+      upstream = [is_upstream(run, saes, f'h.{key}.resid.delta_{part}') for part in PARTS]
+      described = _describe_layer(model.h[key], *layer_acts(run, key), run, *upstream, rows)
+    found.append(jax.tree.map(lambda x, n=len(mine): x[:n], described))
+    numbers += mine
+  order = np.argsort(numbers)
+  return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *found)
+
+
+def layer_acts(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Returns activations and gradients of a layer, by the last part of their names, without the batch."""
+  prefix = f'h.{layer}.'
+
+  def of(found):
+    names = [site for site in found if site.startswith(prefix) and not site.endswith(sites.SPLICED)]
+    return {site.removeprefix(prefix).split('.', 1)[1]: found[site][0] for site in names if '_ln.' not in site}
+
+  return of(run.acts), of(run.grads)
+
+
+def own_acts(run: Run, site: str) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Returns activations and gradients of the SAE at a site: '.input', '.latents', '.error', without the batch."""
+  of = lambda found: {name: found[site + name][0] for name in sites.SPLICED if site + name in found}
+  return of(run.acts), of(run.grads)
 
 
 @jax.jit
-def write_vectors(model, saes: Mapping, run: Run, nodes: NodeArrays) -> Array:
-  """Returns what each node adds to the residual stream at its token, [node, d_model]; of a head_total, at all together.
+def _describe_embedding(run, rows) -> Described:
+  x_nd, grad_nd = (x['resid.post_emb'][0, rows.token].astype(jnp.float32) for x in (run.acts, run.grads))
+  return _described(jnp.ones(len(x_nd)), x_nd, run, rows, (x_nd * grad_nd).sum(-1), True)
 
-  Neuron: activation times its row of the output matrix; head at a pair: probability times value through the output
-  matrix; latent: activation times its row of the decoder, undone by the SAE's norm (debugger.md 0).
-  """
-  acts, token, index = run.acts, jnp.maximum(nodes.token, 0), nodes.index
-  of = lambda *kinds: jnp.isin(nodes.kind, jnp.array([KINDS.index(kind) for kind in kinds]))
-  n_head = model.config.n_head
-  write_nd = jnp.where(of('embedding')[:, None], acts['resid.post_emb'][0, token].astype(jnp.float32), 0)
-  kept_t = jnp.arange(acts['resid.post_emb'].shape[1]) < run.n_tokens
-  for i, block in enumerate(model.h):
-    here = nodes.where == i
-    v_sgc, probs_hts, v_out_thc = (acts[f'h.{i}.attn.{name}'][0] for name in ('v', 'qk_probs', 'v_out'))
-    head = jnp.minimum(index, n_head - 1)
-    source = jnp.maximum(nodes.source, 0)
-    pair_nc = probs_hts[head, token, source][:, None] * v_sgc[source, head // (n_head // v_sgc.shape[1])]
-    total_hc = jnp.where(kept_t[:, None, None], v_out_thc, 0).sum(0)
-    token_nc = jnp.where(of('head_token')[:, None], v_out_thc[token, head], total_hc[head])
-    read_nc = jnp.where(of('head')[:, None], pair_nc, token_nc)
-    chosen_nh = (here & of('head', 'head_token', 'head_total'))[:, None] & (head[:, None] == jnp.arange(n_head))
-    read_nhc = jnp.where(chosen_nh[..., None], read_nc[:, None], 0)
-    write_nd += jnp.einsum('nhc,hcd->nd', read_nhc, block.attn.c_proj.kernel[...], preferred_element_type=jnp.float32)
-    post_act_tn = acts[f'h.{i}.mlp.post_act'][0]
-    neuron = jnp.minimum(index, post_act_tn.shape[1] - 1)
-    rows_nd = post_act_tn[token, neuron][:, None] * block.mlp.c_proj.kernel[...][neuron].astype(jnp.float32)
-    write_nd += jnp.where((here & of('neuron'))[:, None], rows_nd, 0)
-    for part, (layer, name) in enumerate(((block.attn, 'delta_attn'), (block.mlp, 'delta_mlp'))):
-      delta_nd = acts[f'h.{i}.resid.{name}'][0, token].astype(jnp.float32)
-      write_nd += jnp.where((here & of('layer') & (index == part))[:, None], delta_nd, 0)
-      write_nd += jnp.where((here & of('bias') & (index == part))[:, None], _output_bias(layer), 0)
-  for number, (site, sae) in enumerate(saes.items()):
-    here = nodes.where == number
-    _, norm_n = sae.normalize(acts[f'{site}.input'][0, token])
-    latent = jnp.minimum(index, sae.n_latents - 1)
-    scale = jnp.broadcast_to(norm_n.scale, (len(nodes), 1))
-    written_nx = acts[f'{site}.latents'][0, token, latent][:, None] * sae.decoder[...][latent] * scale
-    constant_nx = jnp.broadcast_to(sae.constant(norm_n), written_nx.shape)
-    own_nx = jnp.where(of('latent')[:, None], written_nx, 0)
-    own_nx += jnp.where(of('error')[:, None], acts[f'{site}.error'][0, token], 0)
-    own_nx += jnp.where((of('bias') & (index == PARTS.index('sae')))[:, None], constant_nx, 0)
-    write_nd += jnp.where((here & of('latent', 'error', 'bias'))[:, None], to_stream(model, site, own_nx), 0)
-  return write_nd
+
+def _described(activation, write_nd, run, rows, total, upstream) -> Described:
+  norm = jnp.linalg.norm(write_nd, axis=-1)
+  norm = jnp.where(rows.of('neuron') & (activation < 0), -norm, norm)
+  direct = jnp.where(upstream, (write_nd * run.grad_td[rows.token]).sum(-1), 0)
+  return Described(activation, norm, direct, total, write_nd)
+
+
+@jax.jit
+def _describe_layer(block, acts, grads, run, attn_upstream, mlp_upstream, rows) -> Described:
+  of = rows.of
+  probs_hts, v_sgc, v_out_thc = acts['qk_probs'], acts['v'], acts['v_out']
+  n_head = len(probs_hts)
+  kept_t = jnp.arange(len(run.grad_td)) < run.n_tokens
+  token, source = jnp.maximum(rows.token, 0), jnp.maximum(rows.source, 0)
+  head, neuron = (jnp.clip(rows.index, 0, n - 1) for n in (n_head, acts['post_act'].shape[1]))
+  probs_n, post_act_n = probs_hts[head, token, source], acts['post_act'][token, neuron]
+  # Of heads: what each read, put beside zeros for the other heads, through the output matrix.
+  pair_nc = probs_n[:, None] * v_sgc[source, head // (n_head // v_sgc.shape[1])]
+  total_hc = jnp.where(kept_t[:, None, None], v_out_thc, 0).sum(0)
+  read_nc = jnp.where(of('head_token')[:, None], v_out_thc[token, head], total_hc[head])
+  read_nc = jnp.where(of('head')[:, None], pair_nc, read_nc)
+  chosen_nh = of('head', 'head_token', 'head_total')[:, None] & (head[:, None] == jnp.arange(n_head))
+  read_nhc = jnp.where(chosen_nh[..., None], read_nc[:, None], 0)
+  write_nd = jnp.einsum('nhc,hcd->nd', read_nhc, block.attn.c_proj.kernel[...], preferred_element_type=jnp.float32)
+  rows_nd = block.mlp.c_proj.kernel[...][neuron].astype(jnp.float32)
+  write_nd = jnp.where(of('neuron')[:, None], post_act_n[:, None] * rows_nd, write_nd)
+  by_token_ht = (probs_hts * grads['qk_probs']).sum(-1) * kept_t
+  total = jnp.where(of('head_token'), by_token_ht[head, token], by_token_ht.sum(-1)[head])
+  total = jnp.where(of('head'), probs_n * grads['qk_probs'][head, token, source], total)
+  total = jnp.where(of('neuron'), post_act_n * grads['post_act'][token, neuron], total)
+  upstream = jnp.where(of('neuron'), mlp_upstream, attn_upstream)
+  for part, (layer, of_layer) in enumerate(((block.attn, attn_upstream), (block.mlp, mlp_upstream))):
+    name = f'delta_{PARTS[part]}'
+    mine = of('layer', 'bias') & (rows.index == part)
+    delta_nd = jnp.where(of('layer')[:, None], acts[name][token].astype(jnp.float32), _output_bias(layer))
+    write_nd = jnp.where(mine[:, None], delta_nd, write_nd)
+    total = jnp.where(mine, (delta_nd * grads[name][token]).sum(-1), total)
+    upstream = jnp.where(mine, of_layer, upstream)
+  activation = jnp.where(of('head'), probs_n, jnp.where(of('neuron'), post_act_n, jnp.nan))
+  activation = jnp.where(of('bias'), 1.0, activation)
+  found = _described(activation, write_nd, run, rows, total, upstream)
+  reads_thc = _reads(block, run.grad_td)
+  direct_h = jnp.sum((v_out_thc * reads_thc).sum(-1), 0, where=kept_t[:, None]) * attn_upstream
+  return dataclasses.replace(
+    found,
+    write_norm=jnp.where(of('head_total'), jnp.nan, found.write_norm),
+    direct_effect=jnp.where(of('head_total'), direct_h[head], found.direct_effect),
+  )
+
+
+@functools.partial(jax.jit, static_argnames='site')
+def _describe_sae(model, sae, site, acts, grads, run, upstream, rows) -> Described:
+  of, token = rows.of, jnp.maximum(rows.token, 0)
+  _, norm_n = sae.normalize(acts['.input'][token])
+  latent = jnp.clip(rows.index, 0, sae.n_latents - 1)
+  latents_n = acts['.latents'][token, latent]
+  scale_n1 = jnp.broadcast_to(norm_n.scale, (len(latent), 1))
+  constant_nx = jnp.broadcast_to(sae.constant(norm_n), acts['.error'][token].shape)
+  own_nx = jnp.where(of('error')[:, None], acts['.error'][token], constant_nx)
+  total = jnp.where(
+    of('latent'), latents_n * grads['.latents'][token, latent], (own_nx * grads['.error'][token]).sum(-1)
+  )
+  own_nx = jnp.where(of('latent')[:, None], latents_n[:, None] * sae.decoder[...][latent] * scale_n1, own_nx)
+  activation = jnp.where(of('latent'), latents_n, jnp.where(of('bias'), 1.0, jnp.nan))
+  return _described(activation, to_stream(model, site, own_nx), run, rows, total, upstream)
 
 
 def _output_bias(layer) -> Array:
   bias = layer.c_proj.bias
   return jnp.zeros((), jnp.float32) if bias is None else bias[...].astype(jnp.float32)
-
-
-@jax.jit
-def describe(model, saes: Mapping, run: Run, nodes: NodeArrays) -> dict[str, Array]:
-  """Returns {'activation', 'write_norm', 'direct_effect', 'total_effect'} of nodes, [node] each; nan where undefined."""
-  acts, grads, token, index = run.acts, run.grads, jnp.maximum(nodes.token, 0), nodes.index
-  of = lambda *kinds: jnp.isin(nodes.kind, jnp.array([KINDS.index(kind) for kind in kinds]))
-  write_nd = write_vectors(model, saes, run, nodes)
-  activation, total = jnp.where(of('embedding', 'bias'), 1.0, jnp.nan), jnp.zeros(len(nodes))
-  upstream = of('embedding')
-  product = lambda site: acts[site][0].astype(jnp.float32) * grads[site][0].astype(jnp.float32)
-  total += jnp.where(of('embedding'), product('resid.post_emb')[token].sum(-1), 0)
-  kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
-  summed = jnp.zeros(len(nodes))  # direct effects of head_totals
-  for i, block in enumerate(model.h):
-    here, head = nodes.where == i, jnp.minimum(index, model.config.n_head - 1)
-    source = jnp.maximum(nodes.source, 0)
-    probs = f'h.{i}.attn.qk_probs'
-    probs_n = acts[probs][0][head, token, source]
-    activation = jnp.where(here & of('head'), probs_n, activation)
-    total += jnp.where(here & of('head'), probs_n * grads[probs][0][head, token, source], 0)
-    by_token_ht = (product(probs)).sum(-1) * kept_t
-    total += jnp.where(here & of('head_token'), by_token_ht[head, token], 0)
-    total += jnp.where(here & of('head_total'), by_token_ht.sum(-1)[head], 0)
-    reads_thc = _reads(block, run.grad_td)
-    direct_h = (acts[f'h.{i}.attn.v_out'][0] * reads_thc).sum(-1).sum(0, where=kept_t[:, None])
-    summed += jnp.where(here & of('head_total'), direct_h[head], 0)
-    neuron = jnp.minimum(index, model.config.n_neurons - 1)
-    post_act_n = acts[f'h.{i}.mlp.post_act'][0][token, neuron]
-    activation = jnp.where(here & of('neuron'), post_act_n, activation)
-    total += jnp.where(here & of('neuron'), post_act_n * grads[f'h.{i}.mlp.post_act'][0][token, neuron], 0)
-    for part, (layer, name) in enumerate(((block.attn, 'delta_attn'), (block.mlp, 'delta_mlp'))):
-      grad_nd = grads[f'h.{i}.resid.{name}'][0, token].astype(jnp.float32)
-      total += jnp.where(here & of('layer') & (index == part), (acts[f'h.{i}.resid.{name}'][0, token] * grad_nd).sum(-1), 0)
-      total += jnp.where(here & of('bias') & (index == part), (_output_bias(layer) * grad_nd).sum(-1), 0)
-      kinds = ('head', 'head_token', 'head_total') if part == 0 else ('neuron',)
-      mine = here & (of(*kinds) | (of('layer', 'bias') & (index == part)))
-      upstream |= mine & is_upstream(run, saes, f'h.{i}.resid.{name}')
-  for number, (site, sae) in enumerate(saes.items()):
-    here = nodes.where == number
-    latent = jnp.minimum(index, sae.n_latents - 1)
-    latents_n = acts[f'{site}.latents'][0][token, latent]
-    mine = here & of('latent')
-    activation = jnp.where(mine, latents_n, activation)
-    total += jnp.where(mine, latents_n * grads[f'{site}.latents'][0][token, latent], 0)
-    grad_nx = grads[f'{site}.error'][0, token]
-    total += jnp.where(here & of('error'), (acts[f'{site}.error'][0, token] * grad_nx).sum(-1), 0)
-    _, norm_n = sae.normalize(acts[f'{site}.input'][0, token])
-    own_bias = here & of('bias') & (index == PARTS.index('sae'))
-    total += jnp.where(own_bias, (sae.constant(norm_n) * grad_nx).sum(-1), 0)
-    upstream |= (mine | own_bias | (here & of('error'))) & is_upstream(run, saes, site)
-  norm = jnp.linalg.norm(write_nd, axis=-1)
-  norm = jnp.where(of('neuron') & (activation < 0), -norm, norm)
-  direct = jnp.where(of('head_total'), summed, (write_nd * run.grad_td[token]).sum(-1))
-  return {
-    'activation': activation,
-    'write_norm': jnp.where(of('head_total'), jnp.nan, norm),
-    'direct_effect': jnp.where(upstream, direct, 0),
-    'total_effect': total,
-  }
 
 
 def _reads(block, grad_td) -> Array:
@@ -445,7 +475,10 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
   lot = next(n for n in (10, 30, 100) if n >= k)  # compiled for these alone
   n_tokens, sae_sites = int(run.n_tokens), tuple(saes)
   layers = [_layer(model, saes, run, i, lot) for i in range(model.config.n_layer)]
-  own = {site: _sae(model, saes, run, site, lot) for site in saes}
+  own = {
+    site: _sae_extremes(model, sae, site, *own_acts(run, site), run, is_upstream(run, saes, site), lot)
+    for site, sae in saes.items()
+  }
   layers, own, embedding, objective, final_bias, stream, traced = jax.device_get(
     (layers, own, _embedding_columns(run), run.objective, run.final_bias, run.stream, run.traced_sae)
   )
@@ -466,10 +499,13 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
     for part, name in enumerate(('attn', 'mlp')):
       columns['layer'][i, part], columns['bias'][i, part] = parts[name]['layer'], parts[name]['bias']
   for number, site in enumerate(sae_sites):
-    columns['error'][number, 0], columns['bias'][number, 2] = own[site][1:3]
+    columns['error'][site, 0], columns['bias'][site, None] = own[site][1:3]
   for kind, rows in columns.items():
-    nodes += [_small_node(kind, *key, sae_sites) for key in _rank(rows, k, n_tokens)]
-  by_token = {name: sum(sums[name] for *_, sums in layers)[:n_tokens].tolist() for name in ('attention_to', 'attention_from', 'mlp')}
+    nodes += [_small_node(kind, *key) for key in _rank(rows, k, n_tokens)]
+  by_token = {
+    name: sum(sums[name] for *_, sums in layers)[:n_tokens].tolist()
+    for name in ('attention_to', 'attention_from', 'mlp')
+  }
   by_token['embedding'] = embedding['total_effect'][:n_tokens].tolist()
   by_token['latents'] = sum((own[site][3] for site in saes), np.zeros(len(run.grad_td)))[:n_tokens].tolist()
   sums = _sums(layers, own, embedding, int(stream), None if traced < 0 else sae_sites[traced])
@@ -481,28 +517,16 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
 
 
 def _layer(model, saes, run, i, lot):
-  def short(found):
-    names = {site: site.split('.')[-1] for site in found if site.startswith(f'h.{i}.')}
-    return {name: found[site][0] for site, name in names.items() if not site.endswith(sites.SPLICED)}
-
   stands_for = lambda *names: any(f'h.{i}.{name}' in saes for name in names)
   return _layer_extremes(
     model.h[i],
-    short(run.acts),
-    short(run.grads),
+    *layer_acts(run, i),
     run,
-    is_upstream(run, saes, f'h.{i}.resid.delta_attn'),
-    is_upstream(run, saes, f'h.{i}.resid.delta_mlp'),
+    *(is_upstream(run, saes, f'h.{i}.resid.delta_{part}') for part in PARTS),
     lot,
     not stands_for('attn.v_out', 'resid.delta_attn'),
     not stands_for('mlp.post_act', 'resid.delta_mlp'),
   )
-
-
-def _sae(model, saes, run, site, lot):
-  mine = lambda found: {name: found[site + name][0] for name in sites.SPLICED if site + name in found}
-  upstream = is_upstream(run, saes, site)
-  return _sae_extremes(model, saes[site], site, mine(run.acts), mine(run.grads), run, upstream, lot)
 
 
 def _merge(extremes, k) -> list[tuple[int, tuple[int, ...]]]:
@@ -529,8 +553,8 @@ def _unravel(flat, shape):
   return np.unravel_index(flat, shape) if shape[0] else divmod(flat, shape[1])
 
 
-def _rank(rows: dict, k: int, n_tokens: int) -> list[tuple[int, int, int]]:
-  """Returns (where, index, token) of the k largest and smallest of columns [token] of few nodes."""
+def _rank(rows: dict, k: int, n_tokens: int) -> list[tuple]:
+  """Returns (layer or site, index, token) of the k largest and smallest of columns [token] of few nodes."""
   found, keys = {}, list(rows)
   for name in ('write_norm', 'total_effect', 'direct_effect'):
     if not keys or name not in rows[keys[0]]:
@@ -554,7 +578,7 @@ def _node(kind, where, index, sae_sites) -> schema.Node:
   return schema.Node(kind=kind, site=sae_sites[where], token=token, index=index)
 
 
-def _small_node(kind, where, index, token, sae_sites) -> schema.Node:
+def _small_node(kind, where, index, token) -> schema.Node:
   match kind:
     case 'embedding':
       return schema.Node(kind=kind, token=token)
@@ -562,10 +586,8 @@ def _small_node(kind, where, index, token, sae_sites) -> schema.Node:
       return schema.Node(kind=kind, layer=where, index=index, token=token)
     case 'head_total':
       return schema.Node(kind=kind, layer=where, index=index)
-    case 'error':
-      return schema.Node(kind=kind, site=sae_sites[where], token=token)
-    case _ if index == PARTS.index('sae'):
-      return schema.Node(kind=kind, site=sae_sites[where], token=token)
+    case _ if isinstance(where, str):
+      return schema.Node(kind=kind, site=where, token=token)
     case _:
       return schema.Node(kind=kind, layer=where, site=PARTS[index], token=token)
 

@@ -207,15 +207,13 @@ def debug(subject: Subject, request: schema.Request, progress: Progress = silent
   began = time.monotonic()
   prepared = prepare(subject, request)
   progress(0.1, 'running the model')
-  found_run = run(
-    subject, prepared.saes, prepared.tokens_bt, prepared.held, prepared.question, prepared.n_tokens
-  )
+  found_run = run(subject, prepared.saes, prepared.tokens_bt, prepared.held, prepared.question, prepared.n_tokens)
   progress(0.4, 'listing nodes')
   exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
   found = effects.find(subject.model, prepared.saes, found_run, request.k, exact)
   asked = [_checked(subject, prepared, node) for node in request.nodes]
   nodes = list(dict.fromkeys([*asked, *found.nodes]))
-  table = tabulate(subject, prepared.saes, found_run, nodes)
+  described = effects.describe(subject.model, prepared.saes, found_run, nodes) if nodes else None
   progress(0.7, 'reading tokens')
   token = int(prepared.question.token)
   pinned = pinned_tokens(subject, request.objective)
@@ -225,11 +223,11 @@ def debug(subject: Subject, request: schema.Request, progress: Progress = silent
     objective=found.completeness.objective,
     unedited=_unedited(subject, prepared) if request.ablations or request.edge_ablations else None,
     traced_activation=found.completeness.objective if request.trace else None,
-    table=table,
+    table=tabulate(nodes, described),
     completeness=found.completeness,
     by_token=found.by_token,
     candidates=lens.candidates(subject, found_run.acts['resid.post_ln_f'][0], token, pinned),
-    node_tokens=lens.node_tokens(subject, prepared.saes, found_run, nodes, request.n_tokens),
+    node_tokens=lens.node_tokens(subject, prepared.saes, found_run, nodes, described, request.n_tokens),
     seconds=time.monotonic() - began,
   )
   progress(1.0, 'done')
@@ -254,17 +252,17 @@ def _checked(subject, prepared, node):
     raise ValueError(f"{node.kind} of {node.site!r} is not there; site is 'attn' or 'mlp'")
   if node.token is None:
     raise ValueError(f'{node.label} has no token; say at which token of the prompt')
-  return node.model_copy(update={'token': subject.position(node.token, prepared.n_tokens), 'source': None, 'index': None})
+  return node.model_copy(
+    update={'token': subject.position(node.token, prepared.n_tokens), 'source': None, 'index': None}
+  )
 
 
-def tabulate(subject: Subject, saes: dict, found_run: effects.Run, nodes: list[schema.Node]) -> schema.Table:
-  """Returns the columns of nodes in a run, as they stand."""
+def tabulate(nodes: list[schema.Node], described: effects.Described | None) -> schema.Table:
+  """Returns a table of nodes; `described` is None if there are none."""
   if not nodes:
     return schema.Table(nodes=[], **{name: [] for name in COLUMNS})
-  columns = jax.device_get(
-    effects.describe(subject.model, saes, found_run, effects.arrays(nodes, tuple(saes)))
-  )
-  numbers = lambda x_n: [None if np.isnan(x) else float(x) for x in x_n[: len(nodes)]]
+  columns = jax.device_get({name: getattr(described, name) for name in COLUMNS})
+  numbers = lambda x_n: [None if np.isnan(x) else float(x) for x in x_n]
   return schema.Table(nodes=nodes, **{name: numbers(columns[name]) for name in COLUMNS})
 
 

@@ -49,15 +49,10 @@ def _tokens(subject: Subject, indices, values) -> schema.Tokens:
 
 
 @jax.jit
-def neuron_reads(model, run: effects.Run, nodes: effects.NodeArrays) -> jax.Array:
+def _neuron_reads(block, scale_t1, rows: effects.Rows):
   """Returns the gradient [node, d_model] of neurons' pre-activations at the stream behind attention, scales held."""
-  reads_nd = jnp.zeros((len(nodes), model.config.d_model))
-  for i, block in enumerate(model.h):
-    rows_nd = block.mlp.c_fc.kernel[...].T[jnp.minimum(nodes.index, model.config.n_neurons - 1)].astype(jnp.float32)
-    scale_n1 = run.acts[f'h.{i}.mlp_ln.scale'][0, jnp.maximum(nodes.token, 0)]
-    found_nd = transposed(block.mlp_ln, rows_nd) / scale_n1
-    reads_nd += jnp.where((nodes.where == i)[:, None], found_nd, 0)
-  return reads_nd
+  rows_nd = block.mlp.c_fc.kernel[...].T[rows.index].astype(jnp.float32)
+  return transposed(block.mlp_ln, rows_nd) / scale_t1[rows.token]
 
 
 def transposed(norm, x_nd):
@@ -87,32 +82,31 @@ def mlp_acts(block, normed_d, out: bool) -> jax.Array:
   return delta_btd[0, 0] if out else tap.acts['post_act'][0, 0]
 
 
-def excited(subject: Subject, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, np.ndarray]:
-  """Returns {row: gradient [d_model]} of the pre-activations of neurons and latents of MLPs."""
-  rows = {}
-  neurons = [i for i, node in enumerate(nodes) if node.kind == 'neuron']
-  if neurons:
-    found = neuron_reads(subject.model, run, effects.arrays([nodes[i] for i in neurons], tuple(saes)))
-    rows |= dict(zip(neurons, found[: len(neurons)], strict=True))
-  for site, sae in saes.items():
-    mine = [i for i, node in enumerate(nodes) if node.kind == 'latent' and node.site == site]
-    if mine and site.endswith(('mlp.post_act', 'delta_mlp')):
-      arrays = effects.arrays([nodes[i] for i in mine], tuple(saes))
-      layer = site.split('.')[1]
-      stream, scale = run.acts[f'h.{layer}.resid.post_attn'][0], run.acts[f'h.{layer}.mlp_ln.scale'][0]
-      found = _latent_reads(subject.model, sae, site, stream, scale, arrays.token, arrays.index)
-      rows |= dict(zip(mine, found[: len(mine)], strict=True))
-  return rows
+def excited(model, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, jax.Array]:
+  """Returns {number of the node: gradient [d_model] of its pre-activation} of neurons and latents of MLPs."""
+  found = {}
+  mine = {i: node for i, node in enumerate(nodes) if node.kind in ('neuron', 'latent')}
+  for key, (places, rows) in effects.groups(list(mine.values()), tuple(saes)).items():
+    if key in saes and not key.endswith(('mlp.post_act', 'delta_mlp')):
+      continue
+    layer = int(key.split('.')[1]) if key in saes else key
+    scale_t1 = run.acts[f'h.{layer}.mlp_ln.scale'][0]
+    if key in saes:
+      stream_td = run.acts[f'h.{layer}.resid.post_attn'][0]
+      reads_nd = _latent_reads(model, saes[key], key, stream_td, scale_t1, rows.token, rows.index)
+    else:
+      reads_nd = _neuron_reads(model.h[layer], scale_t1, rows)
+    numbers = list(mine)
+    found |= {numbers[place]: reads_nd[i] for i, place in enumerate(places)}
+  return found
 
 
 @functools.partial(jax.jit, static_argnames='site')
 def _attributions(model, sae, site, acts, tokens_n, indices_n):
   """Returns [node, source]: what each latent of attention output has from each source token."""
-  _, layer, part, _ = site.split('.')
-  block = model.h[int(layer)]
+  block = model.h[int(site.split('.')[1])]
   value_thc, probs_hts = acts['v'], acts['qk_probs']
   n_head, heads = probs_hts.shape[0], probs_hts.shape[0] // value_thc.shape[1]
-  del part
   kernel_hcd = block.attn.c_proj.kernel[...]
 
   def one(token, index):
@@ -128,36 +122,37 @@ def _attributions(model, sae, site, acts, tokens_n, indices_n):
   return jax.lax.map(lambda pair: one(*pair), (tokens_n, indices_n))
 
 
-def attributed(saes: Mapping, model, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, np.ndarray]:
-  """Returns {row: [source]} of latents of attention output; debugger.md 1, row 8."""
-  rows = {}
-  for site, sae in saes.items():
-    mine = [i for i, node in enumerate(nodes) if node.kind == 'latent' and node.site == site]
-    if mine and site.endswith(('v_out', 'delta_attn')):
-      arrays = effects.arrays([nodes[i] for i in mine], tuple(saes))
-      prefix = f'h.{site.split(".")[1]}.attn'
-      acts = {name: run.acts[f'{prefix}.{name}'][0] for name in ('v', 'qk_probs')}
-      acts |= {name: run.acts[f'{site}{name}'][0] for name in ('.input', '.latents')}
-      found = jax.device_get(_attributions(model, sae, site, acts, arrays.token, arrays.index))
-      rows |= dict(zip(mine, found[: len(mine)], strict=True))
-  return rows
+def attributed(model, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, np.ndarray]:
+  """Returns {number of the node: [source]} of latents of attention output; debugger.md 1, row 8."""
+  found = {}
+  for key, (numbers, rows) in effects.groups(nodes, tuple(saes)).items():
+    if key in saes and key.endswith(('v_out', 'delta_attn')):
+      layer, own = effects.layer_acts(run, int(key.split('.')[1]))[0], effects.own_acts(run, key)[0]
+      attributions = jax.device_get(_attributions(model, saes[key], key, layer | own, rows.token, rows.index))
+      latents = [(i, n) for i, n in enumerate(numbers) if nodes[n].kind == 'latent']
+      found |= {number: attributions[i, : int(run.n_tokens)] for i, number in latents}
+  return found
 
 
 def node_tokens(
-  subject: Subject, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node], n: int
+  subject: Subject,
+  saes: Mapping,
+  run: effects.Run,
+  nodes: Sequence[schema.Node],
+  described: effects.Described | None,
+  n: int,
 ) -> list[schema.NodeTokens]:
   """Returns the tokens of each row of a table, n of each list; none if n is 0."""
   if not n or not nodes:
     return []
   model = subject.model
   n = min(n, model.config.n_vocab)
-  write_nd = effects.write_vectors(model, saes, run, effects.arrays(nodes, tuple(saes)))
-  indices, values = _in_lots(_promoted, model, write_nd, n, len(nodes))
-  reads = excited(subject, saes, run, nodes)
+  indices, values = _in_lots(_promoted, model, described.write_nd, n, len(nodes))
+  reads = excited(model, saes, run, nodes)
   order = {row: place for place, row in enumerate(reads)}
   if reads:
     read_indices, read_values = _in_lots(_exciting, model, jnp.stack(list(reads.values())), n, len(reads))
-  attributions = attributed(saes, model, run, nodes)
+  attributions = attributed(model, saes, run, nodes)
   rows = []
   for row in range(len(nodes)):
     ends = [_tokens(subject, indices[end, row], values[end, row]) for end in (0, 1)]

@@ -72,9 +72,9 @@ def read_from(site: str) -> int:
   if site == 'resid.post_emb':
     return 0
   _, layer, *_, name = site.split('.')
-  return 2 * int(layer) + {'v_out': 0, 'delta_attn': 0, 'post_act': 1, 'delta_mlp': 1, 'post_attn': 1, 'post_mlp': 2}[
-    name
-  ]
+  return (
+    2 * int(layer) + {'v_out': 0, 'delta_attn': 0, 'post_act': 1, 'delta_mlp': 1, 'post_attn': 1, 'post_mlp': 2}[name]
+  )
 
 
 def question(
@@ -292,7 +292,10 @@ def final_bias(question: Question, model, saes: dict, acts: dict, grad_z_td: jax
     return jnp.stack(found)[question.layer].astype(jnp.float32)
 
   def neuron(x):
-    mlps = [block.mlp.c_fc.kernel[...][:, i].astype(jnp.float32) @ block.mlp_ln.shift + _bias(block.mlp.c_fc, i) for block in model.h]
+    mlps = [
+      block.mlp.c_fc.kernel[...][:, i].astype(jnp.float32) @ block.mlp_ln.shift + _bias(block.mlp.c_fc, i)
+      for block in model.h
+    ]
     return jnp.stack(mlps)[question.layer]
 
   def latent(x):

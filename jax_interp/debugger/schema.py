@@ -31,7 +31,7 @@ class Node(Strict):
 
   kind: Literal[NODE_KINDS] = Field(
     description='embedding: of a token. head: an attention head at a token pair. head_token: a head at a token, summed '
-    "over what it attends to. neuron: of an MLP. latent: of an SAE. error: what an SAE does not reconstruct. bias: an "
+    'over what it attends to. neuron: of an MLP. latent: of an SAE. error: what an SAE does not reconstruct. bias: an '
     "output bias, of no other node; an SAE's pre-bias. head_total: a head, summed over all tokens. layer: all that the "
     'attention or the MLP of a layer adds to a token.'
   )
@@ -468,7 +468,9 @@ class CircuitResponse(Strict):
   circuit: float = Field(description='Objective with all edges outside of the circuit cut.')
   complement: float = Field(description='Objective with the edges of the circuit cut.')
   faithfulness: float | None = Field(description='(circuit - empty) / (full - empty).')
-  completeness: float | None = Field(description='(full - complement) / (full - empty): 1 if nothing is left without it.')
+  completeness: float | None = Field(
+    description='(full - complement) / (full - empty): 1 if nothing is left without it.'
+  )
   minimality: float | None = Field(
     description='The smallest share of full - empty that is lost, by size, when one edge of the circuit is cut.'
   )
