@@ -10,6 +10,7 @@ held, every other part is live; gradients upstream of an SAE are those without i
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -138,7 +139,7 @@ def to_stream(model, site: str, x: Array) -> Array:
 
 
 def is_upstream(run: Run, saes: Mapping, site: str) -> Array:
-  """Returns whether what is written at a site, or by the SAE there, is in the stream that the objective is read from."""
+  """Returns whether the stream that the objective is read from holds what a site, or the SAE there, writes."""
   number = list(saes).index(site) if site in saes else -2
   return (writes_to(site) <= run.stream) & (run.traced_sae != number)
 
@@ -218,7 +219,7 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
     else:
       upstream = [is_upstream(run, saes, f'h.{key}.resid.delta_{part}') for part in PARTS]
       described = _describe_layer(model.h[key], *layer_acts(run, key), run, *upstream, rows)
-    found.append(jax.tree.map(lambda x, n=len(mine): x[:n], described))
+    found.append(jax.tree.map(operator.itemgetter(slice(len(mine))), described))
     numbers += mine
   order = np.argsort(numbers)
   return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *found)
@@ -498,7 +499,7 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
         columns['head_total'][i, head] = {n: x_t.sum(keepdims=True) for n, x_t in mine.items() if n != 'write_norm'}
     for part, name in enumerate(('attn', 'mlp')):
       columns['layer'][i, part], columns['bias'][i, part] = parts[name]['layer'], parts[name]['bias']
-  for number, site in enumerate(sae_sites):
+  for site in sae_sites:
     columns['error'][site, 0], columns['bias'][site, None] = own[site][1:3]
   for kind, rows in columns.items():
     nodes += [_small_node(kind, *key) for key in _rank(rows, k, n_tokens)]

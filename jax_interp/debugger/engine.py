@@ -79,9 +79,9 @@ def prepare(subject: Subject, request: schema.Request) -> Prepared:
   n_prompt = len(tokens)
   if isinstance(request.objective, schema.Continuation):
     tokens = tokens + subject.tokenizer.encode(request.objective.text, add_special_tokens=False)
-    sites_limit = subject.model.config.n_ctx
-    if len(tokens) > sites_limit:
-      raise ValueError(f'prompt and continuation have {len(tokens)} tokens; the context has {sites_limit}')
+    n_ctx = subject.model.config.n_ctx
+    if len(tokens) > n_ctx:
+      raise ValueError(f'prompt and continuation have {len(tokens)} tokens; the context has {n_ctx}')
   wanted = sorted(subject.saes if request.saes is None else set(request.saes))
   if missing := [site for site in wanted if site not in subject.saes]:
     raise ValueError(f'there is no SAE at {missing[0]!r}; there is one at {sorted(subject.saes) or "no site"}')
@@ -134,6 +134,7 @@ def _log_probs(model, z_td, token):
 # Values of other runs
 
 
+N_MEAN_WINDOWS = 64  # of the sample, that means are of
 HELD_SITES = 'h.*.attn.qk_probs', 'h.*.attn.v_out', 'h.*.mlp.post_act', 'resid.post_emb', 'h.*.resid.delta_*'
 
 

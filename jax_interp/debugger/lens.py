@@ -1,5 +1,6 @@
-"""Nodes in tokens of the vocabulary: what they promote, what excites them, what comes next (debugger.md 1: rows 8 to 10,
-16, 27, 28).
+"""Nodes in tokens of the vocabulary: what they promote, what excites them, and what comes next.
+
+These are rows 8 to 10, 16, 27 and 28 of the capabilities of Transformer Debugger.
 """
 
 import functools
@@ -11,6 +12,7 @@ import numpy as np
 
 from jax_interp.debugger import effects, objectives, schema
 from jax_interp.debugger.subject import Subject
+from models import sites
 
 LOT = 64  # nodes whose logits are in memory together
 N_CANDIDATES = 100
@@ -75,9 +77,7 @@ def _latent_reads(model, sae, site, stream_td, scale_t1, tokens_n, indices_n):
 
 def mlp_acts(block, normed_d, out: bool) -> jax.Array:
   """Returns a layer's neurons [n], or what its MLP writes [d_model], of one normed input [d_model]."""
-  from models.sites import Tap
-
-  tap = Tap(capture=('post_act',))
+  tap = sites.Tap(capture=('post_act',))
   delta_btd = block.mlp(normed_d[None, None], tap)
   return delta_btd[0, 0] if out else tap.acts['post_act'][0, 0]
 
@@ -111,10 +111,8 @@ def _attributions(model, sae, site, acts, tokens_n, indices_n):
 
   def one(token, index):
     read_x = jax.grad(lambda x: objectives.pre_activation(sae, x, index))(acts['.input'][token].astype(jnp.float32))
-    if site.endswith('v_out'):
-      reads_hc = read_x.reshape(n_head, -1)
-    else:
-      reads_hc = jnp.einsum('hcd,d->hc', kernel_hcd, read_x)
+    whole = not site.endswith('v_out')
+    reads_hc = jnp.einsum('hcd,d->hc', kernel_hcd, read_x) if whole else read_x.reshape(n_head, -1)
     v_shc = jnp.repeat(value_thc, heads, axis=1)
     found_s = jnp.einsum('hs,shc,hc->s', probs_hts[:, token], v_shc, reads_hc)
     return jnp.where(acts['.latents'][token, index] > 0, found_s, 0)

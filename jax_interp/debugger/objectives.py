@@ -199,24 +199,68 @@ def _check(index: int | None, n: int, what: str):
 
 def value(question: Question, model, saes: dict, acts: dict) -> jax.Array:
   """Returns the objective [] of a run of one prompt, from the activations at READS, streams and inputs of the SAEs."""
-  n_layer, t, s, i = model.config.n_layer, question.token, question.source, question.index
-  at_layer = lambda site, take: jnp.stack([take(acts[f'h.{n}.{site}'][0]) for n in range(n_layer)])[question.layer]
-  group = i // (model.config.n_head // acts['h.0.attn.k'].shape[2])
-  held = lambda x, live: jnp.where(live, x, jax.lax.stop_gradient(x))
-  z_kd = acts['resid.post_ln_f'][0, question.positions_k].astype(jnp.float32)
-  streams = [acts[stream_site(n)][0, t] for n in range(2 * n_layer + 1)]
-  small = {
-    'z_kd': z_kd,
-    'x_d': jnp.stack(streams)[question.stream].astype(jnp.float32),
-    'pre_act': at_layer('mlp.pre_act', lambda x_tn: x_tn[t, i]),
-    'inputs': [acts[f'{site}.input'][0, t] for site in saes],
-    'q_c': held(at_layer('attn.q', lambda x_thc: x_thc[t, i]), question.through[0]),
-    'k_c': held(at_layer('attn.k', lambda x_tgc: x_tgc[s, group]), question.through[1]),
-    'v_c': at_layer('attn.v', lambda x_tgc: x_tgc[s, group]),
-    'prob': held(at_layer('attn.qk_probs', lambda x_hts: x_hts[i, t, s]), question.through.any()),
+  layers = []
+  for n in range(model.config.n_layer):
+    mine = {site.split('.', 2)[2]: x[0] for site, x in acts.items() if site.startswith(f'h.{n}.')}
+    layers.append(picks(question, model.config.n_head, mine))
+  own = {'resid.post_emb.input': acts['resid.post_emb.input'][0, question.token]} if 'resid.post_emb' in saes else {}
+  z_kd = acts['resid.post_ln_f'][0, question.positions_k]
+  return finish(
+    question, model, saes, z_kd, {'resid.post_emb': acts['resid.post_emb'][0, question.token]} | own, layers
+  )
+
+
+def picks(question: Question, n_head: int, acts: dict) -> dict[str, jax.Array]:
+  """Returns what the objective may be read from in a layer.
+
+  Args:
+    question: the objective.
+    n_head: of the model.
+    acts: of the layer, without the batch, by names as 'attn.q'; inputs of SAEs among them.
+  """
+  t, s, i = question.token, question.source, question.index
+  group = i // (n_head // acts['attn.k'].shape[1])
+  found = {
+    'attn.q': acts['attn.q'][t, i],
+    'attn.k': acts['attn.k'][s, group],
+    'attn.v': acts['attn.v'][s, group],
+    'attn.qk_probs': acts['attn.qk_probs'][i, t, s],
+    'mlp.pre_act': acts['mlp.pre_act'][t, i],
   }
-  small = jax.tree.map(lambda x: x.astype(jnp.float32), small)
-  out_lhcd = lambda: jnp.stack([block.attn.c_proj.kernel[...][i] for block in model.h])[question.layer]
+  return found | {name: x[t] for name, x in acts.items() if name.startswith('resid.post') or name.endswith('.input')}
+
+
+def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: dict, layers: list[dict]) -> jax.Array:
+  """Returns the objective [] of what `picks` found in each layer.
+
+  Args:
+    question: the objective.
+    model: the subject model.
+    saes: {site: SAE}, spliced in.
+    z_kd: resid.post_ln_f at question.positions_k.
+    embedding: {'resid.post_emb': [d_model]} at question.token, and the input of its SAE.
+    layers: of `picks`.
+  """
+  held = lambda x, live: jnp.where(live, x, jax.lax.stop_gradient(x))
+  at_layer = lambda name: jnp.stack([layer[name] for layer in layers])[question.layer].astype(jnp.float32)
+  streams = [embedding['resid.post_emb']]
+  for layer in layers:
+    streams += [layer['resid.post_attn'], layer['resid.post_mlp']]
+  inputs = []
+  for site in saes:
+    layer, name = split_site(site)
+    inputs.append((embedding if layer is None else layers[layer])[f'{name}.input'].astype(jnp.float32))
+  small = {
+    'z_kd': z_kd.astype(jnp.float32),
+    'x_d': jnp.stack(streams)[question.stream].astype(jnp.float32),
+    'pre_act': at_layer('mlp.pre_act'),
+    'inputs': inputs,
+    'q_c': held(at_layer('attn.q'), question.through[0]),
+    'k_c': held(at_layer('attn.k'), question.through[1]),
+    'v_c': at_layer('attn.v'),
+    'prob': held(at_layer('attn.qk_probs'), question.through.any()),
+  }
+  out_lcd = lambda: jnp.stack([block.attn.c_proj.kernel[...][question.index] for block in model.h])[question.layer]
 
   def logits(x):
     return jnp.einsum('kd,kd,k->', x['z_kd'], model.unembedding[question.tokens_k], question.weights_k)
@@ -236,8 +280,8 @@ def value(question: Question, model, saes: dict, acts: dict) -> jax.Array:
   def latent(x):
     if not saes:
       return jnp.zeros(())
-    found = [pre_activation(sae, x_d, i) for sae, x_d in zip(saes.values(), x['inputs'], strict=True)]
-    return jnp.stack(found)[question.layer]
+    pairs = zip(saes.values(), x['inputs'], strict=True)
+    return jnp.stack([pre_activation(sae, x_d, question.index) for sae, x_d in pairs])[question.layer]
 
   branches = {
     LOGITS: logits,
@@ -248,9 +292,17 @@ def value(question: Question, model, saes: dict, acts: dict) -> jax.Array:
     NEURON: lambda x: x['pre_act'],
     LATENT: latent,
     ATTENTION: lambda x: x['q_c'] @ x['k_c'] * x['q_c'].shape[0] ** -0.5,
-    WRITE: lambda x: x['prob'] * (x['v_c'] @ (out_lhcd().astype(jnp.float32) @ question.direction_d)),
+    WRITE: lambda x: x['prob'] * (x['v_c'] @ (out_lcd().astype(jnp.float32) @ question.direction_d)),
   }
   return jax.lax.switch(question.kind, [branches[kind] for kind in sorted(branches)], small)
+
+
+def split_site(site: str) -> tuple[int | None, str]:
+  """Returns the layer of a site, None for the embedding, and its name within the layer."""
+  if site == 'resid.post_emb':
+    return None, site
+  _, layer, name = site.split('.', 2)
+  return int(layer), name
 
 
 def _log_probs(model, z_kd):
@@ -274,7 +326,7 @@ def final_bias(question: Question, model, saes: dict, acts: dict, grad_z_td: jax
     acts: as for `value`.
     grad_z_td: gradient of the objective at resid.post_ln_f.
   """
-  n_layer, t, s, i = model.config.n_layer, question.token, question.source, question.index
+  t, s, i = question.token, question.source, question.index
   group = i // (model.config.n_head // acts['h.0.attn.k'].shape[2])
   positions_bt = jnp.stack([jnp.full((1,), t), jnp.full((1,), s)])
 
