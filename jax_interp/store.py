@@ -358,15 +358,18 @@ class ActivationStore:
             file = files.enter_context(open(self._folder / self._file(site, shard), 'rb', buffering=0))
             places = _places(file, self.shard_examples // self._chunk)
           within = examples[start:stop] % self._chunk
-          direct = to is None and np.array_equal(within, np.arange(self._chunk))
+          whole = np.array_equal(within, np.arange(self._chunk))
+          direct = to is None and whole
           chunk = out[start * size : stop * size] if direct else scratch
           _read_chunk(file, places[chunk_of[start] % len(places)], chunk)
         except (FileNotFoundError, _Damaged) as e:
           raise self._damaged(site, examples[start]) from e
-        if to is not None:  # rows as one thing each: with bfloat16, NumPy would let no other thread run
-          rows, to_rows = scratch.view(f'V{row}').reshape(self._chunk, -1)[within], to[start:stop]
+        if to is not None:  # as rows of bytes: with bfloat16, or a row as one thing, NumPy lets no other thread run
+          rows, to_rows = scratch.reshape(-1, row), to[start:stop]
           kept = to_rows >= 0
-          out.view(f'V{row}')[to_rows[kept]] = rows[kept]
+          if not (whole and kept.all()):
+            rows = rows[(within[:, None] * self.n_tokens + np.arange(self.n_tokens))[kept]]
+          out.reshape(-1, row)[to_rows[kept]] = rows
         elif not direct:
           out.reshape(-1, size)[start:stop] = scratch.reshape(-1, size)[within]
 

@@ -78,6 +78,19 @@ def test_random_reads_equal_what_was_written(tmp_path, dtype, place):
       np.testing.assert_array_equal(out, by_token[tokens])
 
 
+@pytest.mark.parametrize('place', ['folder', 'memory'])
+@pytest.mark.parametrize('kept', [1, 0.6], ids=['all', 'some'])
+@pytest.mark.parametrize('examples', [[4, 5, 6, 7], [7, 5, 6, 4], [4, 4, 5, 6], [21, 3, 8, 3, 0]], ids=str)
+def test_rows_go_to_their_place(tmp_path, place, kept, examples):
+  activations, rng = create(tmp_path if place == 'folder' else f'memory://{tmp_path.name}/to'), np.random.default_rng(0)
+  fill(activations, range(3))
+  keep = rng.random((len(examples), N_TOKENS)) < kept
+  to = np.full(keep.shape, -1)
+  to[keep] = rng.permutation(keep.sum())
+  expected = contents()[1]['h.1.resid.post_mlp'][examples][keep][np.argsort(to[keep])]
+  np.testing.assert_array_equal(activations.reader('h.1.resid.post_mlp')(np.array(examples), None, to), expected)
+
+
 def test_examples_and_tokens_that_are_not_there_are_told(tmp_path):
   activations = create(tmp_path)
   fill(activations, range(3))
