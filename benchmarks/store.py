@@ -15,6 +15,7 @@ import pathlib
 import resource
 import statistics
 import tempfile
+import threading
 import time
 
 import ml_dtypes
@@ -60,11 +61,23 @@ def variants(saved, files):
     for start in range(0, len(every), BUFFER):
       read(every[start : start + BUFFER], out[: len(every) - start])
 
-  batches = activations.shuffled_batches(read, keep, BATCH, BUFFER, 0)
+  n_read = threading.Semaphore(0)
+
+  def counted(*args):
+    found = read(*args)
+    n_read.release()
+    return found
+
+  batches = activations.shuffled_batches(counted, keep, BATCH, BUFFER, 0)
+  next(batches)
+  for _ in range(2):  # the first buffer, and the one that is read meanwhile
+    n_read.acquire()
 
   def shuffled():  # goes on where the last round ended, as training does
     for _ in itertools.islice(batches, keep.size // BATCH):
       pass
+    for _ in range(saved.n_examples // BUFFER):  # what is read ahead is waited for: it is as much as was read before
+      n_read.acquire()
 
   def random_rows():  # the tokens of as many examples as a buffer holds, in any order
     for start in range(0, len(every), BUFFER):
@@ -98,8 +111,8 @@ def main():
   parser.add_argument('--folder', default=None)
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-    n_shards = max(1, round(args.gigabytes * 1e9 / (SHARD * N_TOKENS * D * 2)))
-    saved = make(folder, n_shards * SHARD)
+    n_buffers = max(2, round(args.gigabytes * 1e9 / (BUFFER * N_TOKENS * D * 2)))
+    saved = make(folder, n_buffers * BUFFER)
     files = sorted(path for path in (pathlib.Path(folder) / SITE / 'c').rglob('*') if path.is_file())
     os.sync()
     functions, some_rows = variants(saved, files)
