@@ -136,6 +136,12 @@ def test_search_says_how_many_there_are(client):
     (('POST', '/api/acts', {'content': b'{'}), 422, 'invalid'),
     (('POST', '/api/acts', {'content': b'\xff'}), 400, 'malformed'),
     (('POST', '/api/acts', {'content': b'[' * 50_000}), 400, 'malformed'),
+    (('POST', '/api/acts', {'content': b'{"index": ' + b'1' * 5000 + b'}'}), 400, 'malformed'),
+    (
+      ('POST', '/api/debug', {'content': b'{"trace": ' + b'{"downstream": ' * 500 + b'{}' + b'}' * 501}),
+      422,
+      'invalid',
+    ),
     (('POST', '/api/acts', {'json': {}}), 422, 'invalid'),
     (('POST', '/api/acts', {'json': ACTS | {'surplus': 1}}), 422, 'invalid'),
     (('POST', '/api/acts', {'content': json.dumps(ACTS | {'\ud800': float('nan')})}), 422, 'invalid'),
