@@ -46,20 +46,19 @@ class RecordSet:
       self._note_explanations(path)
 
   def _note_explanations(self, path):
-    offsets, found, offset = [], [], 0
-    with open(path, 'rb') as file:  # excerpts make these files long: kept is where a line begins
-      for content in file:
+    offsets, mine = [0], []
+    with open(path, 'rb') as file:
+      for i, content in enumerate(file):
+        offsets.append(offsets[-1] + len(content))
         line = json.loads(content)
-        component, offsets = line['component'], [*offsets, offset]
-        offset += len(content)
-        found.append(line if (component['kind'], component['site']) == (self.kind, self.site) else None)
-    lines = records.Lines(path, np.array(offsets))
-    for i, line in enumerate(found):
-      if line is not None:
-        index = line['component']['index']
-        score = (line['scores'] or {}).get('ev_correlation')
-        self.methods[index].append((line['method'], line['explanation'], score))
-        self._lines[index].append((lines, i))
+        component = line['component']
+        if (component['kind'], component['site']) == (self.kind, self.site):
+          score = (line['scores'] or {}).get('ev_correlation')
+          self.methods[component['index']].append((line['method'], line['explanation'], score))
+          mine.append((component['index'], i))
+    lines = records.Lines(path, np.array(offsets[:-1]))  # with their excerpts, read when asked for
+    for index, i in mine:
+      self._lines[index].append((lines, i))
 
   def __len__(self) -> int:
     return len(self._records)
