@@ -74,6 +74,7 @@ class Attention(nnx.Module):
 
   def __init__(self, config, rngs):
     n_head, d_head = config.n_head, config.d_model // config.n_head
+    self.n_kv_head = n_head
     axes = sharding.head_axes(n_head, d_head)
     self.c_attn = layers.Linear(rngs, (config.d_model, 3, n_head, d_head), n_in=1, out_sharding=(None, None, *axes))
     self.c_proj = layers.Linear(

@@ -94,7 +94,7 @@ class Attention(nnx.Module):
   """Causal grouped-query attention with rotary positions; sites as for `layers.attend`."""
 
   def __init__(self, config, rngs):
-    self.config = config
+    self.config, self.n_kv_head = config, config.n_kv_head
     d_model, d_head = config.d_model, config.d_head
     axes, kv_axes = (sharding.head_axes(n, d_head) for n in (config.n_head, config.n_kv_head))
     linear = lambda n, axes: layers.Linear(rngs, (d_model, n, d_head), 1, out_sharding=(None, *axes), bias=False)

@@ -63,11 +63,12 @@ def _hold_scale(x, tap, question, stream):
   return jnp.where(question.stream == stream, jax.lax.stop_gradient(x), x)
 
 
-def edits(model, saes: Mapping, held: interventions.Held, question: Question, extra: Sequence[sites.Edit] = ()) -> list:
+def edits(model, saes: Mapping, held: interventions.Held, shifts, question: Question) -> list[sites.Edit]:
   """Returns the edits of a run: what is held, the SAEs spliced in, and the norm scales that gradients do not pass."""
   n_layer = model.config.n_layer
-  found = [*interventions.edits(held, n_layer, tuple(saes)), *extra, sites.stop('ln_f.scale')]
+  found = [*interventions.edits(held, n_layer, tuple(saes)), sites.stop('ln_f.scale')]
   for i in range(n_layer):
+    found += interventions.shift_edits(shifts, i, f'h.{i}.')
     found.append(sites.Edit(f'h.{i}.attn_ln.scale', _hold_scale, (question, 2 * i)))
     found.append(sites.Edit(f'h.{i}.mlp_ln.scale', _hold_scale, (question, 2 * i + 1)))
   return found + [sites.splice(site, sae, hold_error=False) for site, sae in saes.items()]
@@ -75,7 +76,13 @@ def edits(model, saes: Mapping, held: interventions.Held, question: Question, ex
 
 @jax.jit
 def run(
-  model, saes: Mapping, tokens_bt: Array, held: interventions.Held, question: Question, n_tokens, extra: tuple = ()
+  model,
+  saes: Mapping,
+  tokens_bt: Array,
+  held: interventions.Held,
+  shifts: interventions.Shifts | None,
+  question: Question,
+  n_tokens,
 ) -> Run:
   """Returns one run; see `Run`.
 
@@ -83,10 +90,9 @@ def run(
     model: the subject model.
     saes: {site: SAE} to splice in.
     tokens_bt: int32 [1, token], padded.
-    held: what is held.
+    held, shifts: what is ablated.
     question: the objective.
     n_tokens: without padding.
-    extra: further edits.
   """
   n_layer = model.config.n_layer
   streams = [objectives.stream_site(i) for i in range(2 * n_layer + 1)]
@@ -95,7 +101,7 @@ def run(
   read = (*objectives.READS, *streams, *spliced, *deltas, 'h.*.mlp.post_act', 'h.*.attn.v_out', '*_ln.scale')
   objective = lambda _, acts: objectives.value(question, model, saes, acts)
   value, acts, grads = sites.acts_and_grads(
-    model, tokens_bt, objective, read, edits(model, saes, held, question, extra)
+    model, tokens_bt, objective, read, edits(model, saes, held, shifts, question)
   )
   grad_td = jnp.stack([grads[site][0] for site in streams])[question.stream]
   latent, traced_sae = question.kind == objectives.LATENT, -1

@@ -7,7 +7,7 @@ the debugger ask of a prompt begins with `prepare`.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +26,24 @@ def silent(share: float, what: str):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A request, ready to run: host arrays, and the SAEs it splices in, by site in order.
+  """A request, ready to run.
 
   Attributes:
     tokens: of the prompt, and of the continuation where there is one.
-    n_tokens: how many.
-    tokens_bt: the same, padded.
-    objective: what is explained, a trace included.
+    n_prompt: how many are the prompt's.
+    tokens_bt: all of them, padded.
+    saes: {site: SAE} to splice in, in order.
+    held, shifts: what is ablated: cells, and edges.
+    question: what is explained.
   """
 
   tokens: list[int]
+  n_prompt: int
   tokens_bt: np.ndarray
   saes: dict[str, object]
   held: interventions.Held
-  objective: object
-  question: objectives.Question
+  shifts: interventions.Shifts | None
+  question: objectives.Question | None
 
   @property
   def n_tokens(self) -> int:
@@ -87,43 +90,96 @@ def prepare(subject: Subject, request: schema.Request) -> Prepared:
     raise ValueError(f'there is no SAE at {missing[0]!r}; there is one at {sorted(subject.saes) or "no site"}')
   saes = {site: subject.saes[site] for site in wanted}
   tokens_bt = subject.pad(tokens)
-  held = held_by(subject, saes, request.ablations, tokens_bt, len(tokens))
+  held = held_by(subject, saes, request.ablations, len(tokens))
+  prepared = Prepared(tokens, n_prompt, tokens_bt, saes, held, None, None)
+  if request.edge_ablations:
+    prepared = dataclasses.replace(prepared, shifts=_shifts(subject, prepared, request.edge_ablations))
   objective = request.objective if request.trace is None else traced(request.trace, request.objective)
-  resolve = functools.partial(_resolve, subject, saes, tokens, tokens_bt, n_prompt, held)
-  return Prepared(tokens, tokens_bt, saes, held, objective, resolve(objective))
+  return _asked(subject, prepared, objective)
 
 
-def _resolve(subject, saes, tokens, tokens_bt, n_prompt, held, objective) -> objectives.Question:
-  """Returns the arrays of an objective, with what only other runs know."""
+def _asked(subject: Subject, prepared: Prepared, objective) -> Prepared:
+  """Returns the request with an objective, and with what only other runs know of that."""
+  found = objectives.question(
+    subject, objective, prepared.n_prompt, prepared.n_tokens, tuple(prepared.saes), prepared.tokens
+  )
   if isinstance(objective, schema.HeadWrite):
     if isinstance(objective.of, schema.HeadWrite | schema.AttentionLogit):
       raise ValueError(f'a head cannot write for an objective of kind {objective.of.kind}; choose another')
-    found = objectives.question(subject, objective, n_prompt, len(tokens), tuple(saes), tokens)
-    of = _resolve(subject, saes, tokens, tokens_bt, n_prompt, held, objective.of)
-    if of.stream <= found.layer * 2:
+    of = _asked(subject, prepared, objective.of)
+    if of.question.stream <= 2 * found.layer:
       raise ValueError(f'{objective.node.label} is not upstream of what it is to write for')
-    grad_td = run(subject, saes, tokens_bt, held, of, len(tokens)).grad_td
-    return dataclasses.replace(found, direction_d=grad_td[found.token])
-  found = objectives.question(subject, objective, n_prompt, len(tokens), tuple(saes), tokens)
+    grad_td = jax.device_get(run(subject, of).grad_td)
+    found = dataclasses.replace(found, direction_d=grad_td[found.token])
   if isinstance(objective, schema.KL):
-    z_td = unedited(subject, tokens_bt)
-    found = dataclasses.replace(found, log_probs_v=_log_probs(subject.model, z_td, found.token))
-  return found
+    z_td = _final(subject.model, prepared.tokens_bt)
+    found = dataclasses.replace(found, log_probs_v=jax.device_get(_log_probs(subject.model, z_td, found.token)))
+  return dataclasses.replace(prepared, question=found)
 
 
-def run(subject, saes, tokens_bt, held, question, n_tokens, extra=()) -> effects.Run:
-  """Returns one run of a subject, on the ambient mesh."""
-  return effects.run(subject.model, saes, tokens_bt, held, question, np.int32(n_tokens), extra)
+def run(subject: Subject, prepared: Prepared) -> effects.Run:
+  """Returns the run of a request."""
+  p = prepared
+  return effects.run(subject.model, p.saes, p.tokens_bt, p.held, p.shifts, p.question, np.int32(p.n_tokens))
+
+
+def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.EdgeAblation]) -> interventions.Shifts:
+  """Returns what cutting edges does to queries, keys and values, those of earlier layers seen by later ones.
+
+  Raises:
+    ValueError: there is no such head or node, or it is not upstream of the head.
+  """
+  config, attn = subject.model.config, subject.model.h[0].attn
+  d_head, n_kv = attn.c_proj.kernel.shape[1], attn.n_kv_head
+  layers = np.full(interventions.N_SHIFTS, -1, np.int32)
+  shape = lambda n: (interventions.N_SHIFTS, prepared.tokens_bt.shape[1], n, d_head)
+  deltas = {name: np.zeros(shape(config.n_head if name == 'q' else n_kv), np.float32) for name in 'qkv'}
+  for ablation in ablations:
+    _check_edge(subject, ablation)
+  for slot, layer in enumerate(sorted({ablation.layer for ablation in ablations})):
+    mine = [ablation for ablation in ablations if ablation.layer == layer]
+    nodes = [checked(subject, prepared, ablation.node) for ablation in mine]
+    so_far = dataclasses.replace(prepared, shifts=interventions.Shifts(layers.copy(), deltas))
+    found = run(subject, _asked(subject, so_far, schema.Entropy()))
+    write_nd = effects.describe(subject.model, prepared.saes, found, nodes).write_nd
+    stream_td = found.acts[objectives.stream_site(2 * layer)][0]
+    layers[slot] = layer
+    for name, head in {(ablation.into, ablation.head) for ablation in mine}:
+      chosen = np.array([i for i, ablation in enumerate(mine) if (ablation.into, ablation.head) == (name, head)])
+      tokens = np.array([nodes[i].token for i in chosen])
+      changed_td = stream_td.at[tokens].add(-write_nd[chosen])
+      group = head if name == 'q' else head // (config.n_head // n_kv)
+      delta_thc = _qkv_change(subject.model.h[layer], stream_td, changed_td)['qkv'.index(name)]
+      deltas[name][slot, :, group] = jax.device_get(delta_thc[:, group])
+  return interventions.Shifts(layers, deltas)
+
+
+def _check_edge(subject, ablation):
+  config, node = subject.model.config, ablation.node
+  if ablation.layer >= config.n_layer or ablation.head >= config.n_head:
+    raise ValueError(
+      f'head {ablation.head} of layer {ablation.layer} is not there; there are {config.n_layer} layers of '
+      f'{config.n_head} heads, from 0'
+    )
+  if node.kind not in ('embedding', 'head', 'head_token', 'neuron', 'latent', 'layer'):
+    raise ValueError(
+      f'the edge from {node.label} cannot be cut; those of embeddings, heads, neurons, latents, layers can'
+    )
+  layer = objectives.split_site(node.site)[0] if node.kind == 'latent' and node.site else node.layer
+  if layer is not None and layer >= ablation.layer:
+    raise ValueError(f'{node.label} is not upstream of heads of layer {ablation.layer}')
+
+
+@jax.jit
+def _qkv_change(block, stream_td, changed_td):
+  read = lambda x_td: block.attn.qkv(block.attn_ln(x_td[None], sites.Tap()), jnp.arange(len(x_td))[None])
+  return [(changed - was)[0] for changed, was in zip(read(changed_td), read(stream_td), strict=True)]
 
 
 @jax.jit
 def _final(model, tokens_bt):
-  return sites.forward(model, tokens_bt, capture=('resid.post_ln_f',))[1]['resid.post_ln_f'][0]
-
-
-def unedited(subject: Subject, tokens_bt: np.ndarray) -> jax.Array:
   """Returns the final normed stream [token, d_model] of a run without any edit."""
-  return _final(subject.model, jnp.asarray(tokens_bt))
+  return sites.forward(model, tokens_bt, capture=('resid.post_ln_f',))[1]['resid.post_ln_f'][0]
 
 
 @jax.jit
@@ -145,7 +201,7 @@ def _donor(model, saes, tokens_bt):
   return sites.forward(model, tokens_bt, splices, capture=capture)[1]
 
 
-def held_by(subject: Subject, saes: dict, ablations, tokens_bt: np.ndarray, n_tokens: int) -> interventions.Held:
+def held_by(subject: Subject, saes: dict, ablations: Sequence[schema.Ablation], n_tokens: int) -> interventions.Held:
   """Returns ablations as arrays, with the runs that they take values of.
 
   Raises:
@@ -208,11 +264,11 @@ def debug(subject: Subject, request: schema.Request, progress: Progress = silent
   began = time.monotonic()
   prepared = prepare(subject, request)
   progress(0.1, 'running the model')
-  found_run = run(subject, prepared.saes, prepared.tokens_bt, prepared.held, prepared.question, prepared.n_tokens)
+  found_run = run(subject, prepared)
   progress(0.4, 'listing nodes')
   exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
   found = effects.find(subject.model, prepared.saes, found_run, request.k, exact)
-  asked = [_checked(subject, prepared, node) for node in request.nodes]
+  asked = [checked(subject, prepared, node) for node in request.nodes]
   nodes = list(dict.fromkeys([*asked, *found.nodes]))
   described = effects.describe(subject.model, prepared.saes, found_run, nodes) if nodes else None
   progress(0.7, 'reading tokens')
@@ -222,7 +278,7 @@ def debug(subject: Subject, request: schema.Request, progress: Progress = silent
     request=request,
     tokens=subject.tokens(prepared.tokens),
     objective=found.completeness.objective,
-    unedited=_unedited(subject, prepared) if request.ablations or request.edge_ablations else None,
+    unedited=value(subject, unablated(prepared)) if request.ablations or request.edge_ablations else None,
     traced_activation=found.completeness.objective if request.trace else None,
     table=tabulate(nodes, described),
     completeness=found.completeness,
@@ -235,7 +291,7 @@ def debug(subject: Subject, request: schema.Request, progress: Progress = silent
   return response
 
 
-def _checked(subject, prepared, node):
+def checked(subject, prepared, node):
   """Returns a node that was asked for, counted from 0. ValueError if it is not there."""
   sae_sites = tuple(prepared.saes)
   if node.kind in ('head', 'neuron', 'latent', 'embedding', 'head_token'):
@@ -276,22 +332,22 @@ def pinned_tokens(subject: Subject, objective) -> list[int]:
   return list(dict.fromkeys(subject.token(text) for text in texts))
 
 
-def _unedited(subject, prepared) -> float:
-  nothing = dataclasses.replace(
-    prepared.held, cells=np.zeros_like(prepared.held.cells), values=np.zeros_like(prepared.held.values), donors=()
-  )
-  return float(value(subject, prepared, nothing))
+def unablated(prepared: Prepared) -> Prepared:
+  """Returns the request without ablations."""
+  held = interventions.Held(np.zeros_like(prepared.held.cells), np.zeros_like(prepared.held.values))
+  return dataclasses.replace(prepared, held=held, shifts=None)
 
 
 @jax.jit
-def _value(model, saes, tokens_bt, held, question, extra):
+def _value(model, saes, tokens_bt, held, shifts, question):
   spliced = [f'{site}.input' for site in saes]
   streams = [objectives.stream_site(i) for i in range(2 * model.config.n_layer + 1)]
-  edits = effects.edits(model, saes, held, question, extra)
+  edits = effects.edits(model, saes, held, shifts, question)
   acts = sites.forward(model, tokens_bt, edits, capture=(*objectives.READS, *streams, *spliced))[1]
   return objectives.value(question, model, saes, acts)
 
 
-def value(subject: Subject, prepared: Prepared, held: interventions.Held, extra: tuple = ()) -> jax.Array:
-  """Returns the objective of a prepared request under other ablations, []; a forward pass."""
-  return _value(subject.model, prepared.saes, prepared.tokens_bt, held, prepared.question, extra)
+def value(subject: Subject, prepared: Prepared) -> float:
+  """Returns the objective of a request: a forward pass."""
+  p = prepared
+  return float(_value(subject.model, p.saes, p.tokens_bt, p.held, p.shifts, p.question))

@@ -6,7 +6,7 @@ ablations of a cell wins.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,56 @@ def _hold(x, tap, held, layer_or_sae):
 def edits(held: Held, n_layer: int, sae_sites: Sequence[str]) -> tuple[sites.Edit, ...]:
   """Returns the edits of a run; those at a site where an SAE is spliced in come before the splice."""
   found = [sites.Edit('resid.post_emb', _hold, (held, 0))]
-  names = [name for name in HOLDABLE if name not in ('latents', 'resid.post_emb')]
-  found += [sites.Edit(f'h.{layer}.{name}', _hold, (held, layer)) for layer in range(n_layer) for name in names]
+  found += [
+    sites.Edit(f'h.{layer}.{name}', _hold, (held, layer))
+    for layer in range(n_layer)
+    for name in HOLDABLE
+    if '.' in name and name != 'resid.post_emb'
+  ]
   found += [sites.Edit(f'{site}.latents', _hold, (held, number)) for number, site in enumerate(sae_sites)]
   return tuple(found)
+
+
+def of_layer(held: Held, layer: int) -> Held:
+  """Returns what is held in a layer, whose sites are called by their names within it."""
+  prefix = f'h.{layer}.'
+  own = lambda donor: {site.removeprefix(prefix): x for site, x in donor.items() if site.startswith(prefix)}
+  return dataclasses.replace(held, donors=tuple(own(donor) for donor in held.donors))
+
+
+def layer_edits(held: Held, layer, saes: Mapping[str, int]) -> list[sites.Edit]:
+  """Returns the edits of one layer, by names within it.
+
+  Args:
+    held: of `of_layer`.
+    layer: its number; may be traced.
+    saes: {name of a site within the layer: number of its SAE}.
+  """
+  found = [sites.Edit(name, _hold, (held, layer)) for name in HOLDABLE if name not in ('latents', 'resid.post_emb')]
+  return found + [sites.Edit(f'{name}.latents', _hold, (held, number)) for name, number in saes.items()]
+
+
+# Edges
+
+
+N_SHIFTS = 8  # readers whose inputs are changed in a run
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['layers', 'deltas'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Shifts:
+  """What is added to queries, keys and values: to those of layers[i] deltas['q'][i] etc. [token, head, channel]."""
+
+  layers: np.ndarray
+  deltas: dict[str, jax.Array]
+
+
+def _shift(x, tap, shifts, layer):
+  mine_s = (shifts.layers == layer).astype(jnp.float32)
+  delta_sthc = shifts.deltas[tap.prefix[:-1].split('.')[-1]]
+  return (x + jnp.einsum('s,sthc->thc', mine_s, delta_sthc)).astype(x.dtype)
+
+
+def shift_edits(shifts: Shifts | None, layer, prefix: str = '') -> list[sites.Edit]:
+  """Returns the edits of a layer's queries, keys and values; none if nothing is shifted in the whole run."""
+  return [] if shifts is None else [sites.Edit(f'{prefix}attn.{name}', _shift, (shifts, layer)) for name in 'qkv']

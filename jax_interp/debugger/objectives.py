@@ -15,7 +15,7 @@ from jax_interp.debugger import schema
 from jax_interp.debugger.subject import Subject
 
 N_SLOTS = 16  # token positions with a token each that an objective can be about
-LOGITS, LOG_PROBS, KL, ENTROPY, PROJECTION, NEURON, LATENT, ATTENTION, WRITE = range(9)
+LOGITS, LOG_PROBS, TEXT, KL, ENTROPY, PROJECTION, NEURON, LATENT, ATTENTION, WRITE = range(10)
 LINEAR = (LOGITS, PROJECTION, NEURON)  # in the residual stream they are read from, with the norm's scale held
 THROUGH = {'q': (True, False), 'k': (False, True), 'qk': (True, True), 'v': (False, False), 'all': (True, True)}
 
@@ -37,8 +37,8 @@ class Question:
 
   Attributes:
     kind: one of the constants above.
-    positions_k, tokens_k, weights_k: of LOGITS, LOG_PROBS: sum of weight times the token's number at the position; of
-      KL and ENTROPY, the first position.
+    positions_k, tokens_k, weights_k: of LOGITS and TEXT: sum of weight times the token's logit or log-probability at
+      the position; of LOG_PROBS, the same, all at the first position; of KL and ENTROPY, the first position.
     log_probs_v: of KL: what the run is compared with.
     direction_d: of PROJECTION: the direction; of WRITE: the gradient that the head's write is projected on.
     stream: which residual stream the objective is read from: 0 the embedding, 2 i + 1 behind the attention of layer i,
@@ -119,7 +119,7 @@ def question(
       positions = range(n_prompt - 1, n_tokens - 1)
       if not 1 <= len(positions) <= N_SLOTS:
         raise ValueError(f'the continuation has {len(positions)} tokens; give 1 to {N_SLOTS}')
-      fields |= _slots([(t, tokens[t + 1], 1.0) for t in positions]) | {'kind': LOG_PROBS}
+      fields |= _slots([(t, tokens[t + 1], 1.0) for t in positions]) | {'kind': TEXT}
     case schema.KL() | schema.Entropy():
       t = at(objective.token, n_prompt)
       fields |= _slots([(t, 0, 1.0)]) | {'token': t, 'kind': KL if objective.kind == 'kl' else ENTROPY}
@@ -266,6 +266,9 @@ def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: di
     return jnp.einsum('kd,kd,k->', x['z_kd'], model.unembedding[question.tokens_k], question.weights_k)
 
   def log_probs(x):
+    return jnp.sum(_log_probs(model, x['z_kd'][:1])[0, question.tokens_k] * question.weights_k)
+
+  def text(x):
     found = jnp.take_along_axis(_log_probs(model, x['z_kd']), question.tokens_k[:, None], 1)[:, 0]
     return jnp.sum(found * question.weights_k)
 
@@ -286,6 +289,7 @@ def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: di
   branches = {
     LOGITS: logits,
     LOG_PROBS: log_probs,
+    TEXT: text,
     KL: kl,
     ENTROPY: entropy,
     PROJECTION: lambda x: x['x_d'] @ question.direction_d,

@@ -1,0 +1,263 @@
+"""The estimates against the truth: nodes really ablated, many in one batch.
+
+A node changes nothing before its own layer, so that the batch grows as the layers pass: layer i computes the prompt as
+it is and the nodes of layers up to i. One compiled block serves all layers of a model.
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_interp.debugger import effects, engine, interventions, objectives, schema
+from jax_interp.debugger.subject import Subject
+from models import sites
+
+SIZES = (8, 16, 24, 32, 48, 64)  # of batches, so that few are compiled
+MAX_PAIRS = SIZES[-1] * 256**2  # token pairs in memory together
+ABLATABLE = ('embedding', 'head', 'neuron', 'latent')
+EMBEDDING, HEAD, NEURON, LATENT = range(4)  # codes; the number of its SAE is added to a latent's
+READ = ('resid.post_attn', 'resid.post_mlp', 'attn.q', 'attn.k', 'attn.v', 'attn.qk_probs', 'mlp.pre_act')
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['code', 'layer', 'token', 'source', 'index'], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What each row of a batch holds, int32 [row]; code -1: nothing. The layer of an embedding is -1."""
+
+  code: np.ndarray
+  layer: np.ndarray
+  token: np.ndarray
+  source: np.ndarray
+  index: np.ndarray
+
+
+def rows_of(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> Rows:
+  """Returns nodes, of kinds in ABLATABLE, as rows."""
+  found = []
+  for node in nodes:
+    code, layer = ABLATABLE.index(node.kind), node.layer
+    if node.kind == 'latent':
+      layer, _ = objectives.split_site(node.site)
+      code += sae_sites.index(node.site)
+    found.append((code, -1 if layer is None else layer, node.token, node.source or 0, node.index or 0))
+  return Rows(*np.array(found, np.int32).reshape(-1, 5).T)
+
+
+def _hold_rows(x, tap, rows, values_b, layer, code):
+  """Sets one cell of each row that holds one here."""
+  cells = (rows.index, rows.token, rows.source) if code == HEAD else (rows.token, rows.index)
+  mine_b = (rows.code == code) & (rows.layer == layer)
+  cells = [jnp.where(mine_b, cell, x.shape[axis + 1]) for axis, cell in enumerate(cells)]  # else outside of the array
+  return x.at[jnp.arange(len(x)), *cells].set(values_b.astype(x.dtype), mode='drop')
+
+
+@functools.partial(jax.jit, static_argnames=('n_head', 'numbers'))
+def _block(block, saes, x, held, shifts, question, rows, values_b, layer, n_head, numbers):
+  """Returns the stream [row, token, d] behind a layer, and what the objective may be read from there.
+
+  Args:
+    block: the layer.
+    saes: {name within the layer: SAE}.
+    x: the stream before it and its derivative by the held values; None: the results have none either.
+    held, shifts: the request's ablations, by names within the layer.
+    question: the objective.
+    rows: what is held.
+    values_b: at which value.
+    layer: its number.
+    n_head: of the model.
+    numbers: of the SAEs, among all.
+  """
+  own = dict(zip(saes, numbers, strict=True))
+
+  def forward(x_btd, values_b):
+    edits = [*interventions.layer_edits(held, layer, own), *interventions.shift_edits(shifts, layer)]
+    codes = {'attn.qk_probs': HEAD, 'mlp.post_act': NEURON}
+    codes |= {f'{name}.latents': LATENT + number for name, number in own.items()}
+    for name, code in codes.items():
+      edits.append(sites.Edit(name, functools.partial(_hold_rows, code=code), (rows, values_b, layer)))
+    edits += [sites.splice(name, sae) for name, sae in saes.items()]
+    tap = sites.Tap(edits, capture=(*READ, *(f'{name}.input' for name in saes)))
+    out_btd = block(x_btd, tap)
+    return out_btd, jax.vmap(lambda acts: objectives.picks(question, n_head, acts))(tap.acts)
+
+  x_btd, slope_btd = x
+  if slope_btd is None:
+    out_btd, picked = forward(x_btd, values_b)
+    return (out_btd, None), (picked, None)
+  (out_btd, picked), slopes = jax.jvp(forward, (x_btd, values_b), (slope_btd, jnp.ones_like(values_b)))
+  return (out_btd, slopes[0]), (picked, slopes[1])
+
+
+@jax.jit
+def _embeddings(acts, question, rows, values_b):
+  """Returns the embedding of each row [row, token, d], and what the objective may read of it, and both derivatives."""
+
+  def forward(values_b):
+    x_td, n = acts['resid.post_emb'], len(values_b)
+    mine_bt = (rows.code == EMBEDDING)[:, None] & (rows.token[:, None] == jnp.arange(len(x_td)))
+    x_btd = jnp.where(mine_bt, values_b[:, None], 1)[..., None] * x_td
+    picked = {name: jnp.broadcast_to(x[question.token], (n, x.shape[-1])) for name, x in acts.items()}
+    return x_btd, picked | {'resid.post_emb': x_btd[:, question.token]}
+
+  return jax.jvp(forward, (values_b,), (jnp.ones_like(values_b),))
+
+
+@jax.jit
+def _objectives(model, saes, question, values, slopes):
+  """Returns the objective [row] and its derivative by the held values, None without slopes."""
+
+  def forward(x_btd, embedding, layers):
+    z_bkd = model.ln_f(x_btd[:, question.positions_k], sites.Tap())
+    return jax.vmap(lambda *rows: objectives.finish(question, model, saes, *rows))(z_bkd, embedding, layers)
+
+  return (forward(*values), None) if slopes is None else jax.jvp(forward, values, slopes)
+
+
+@functools.partial(jax.jit, static_argnames='n')
+def _widened(tree, n):
+  """Returns arrays of n rows: those that are not there yet are as the first."""
+  return jax.tree.map(lambda x: x[np.where(np.arange(n) < len(x), np.arange(n), 0)], tree)
+
+
+def _size(n: int) -> int:
+  return next((size for size in SIZES if size >= n), n)
+
+
+def held_objectives(
+  subject: Subject, prepared: engine.Prepared, run: effects.Run, rows: Rows, values_b: np.ndarray, with_slope: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns the objective with each row's node held at its value, [row], and its derivative by the value.
+
+  The scales of all norms are live. The value of an embedding is a multiple of it.
+
+  Args:
+    subject: of the request.
+    prepared: the request.
+    run: of it; only its embedding is read.
+    rows: what is held, in the order of their layers; the first holds nothing.
+    values_b: at what.
+    with_slope: whether the derivative is wanted; else it is None.
+  """
+  model, question, saes = subject.model, prepared.question, prepared.saes
+  layers, n = rows.layer.tolist(), _size(len(rows.layer))
+  padded = lambda x, value=0: np.concatenate([x, np.full(n - len(x), value, x.dtype)])
+  values_b = padded(values_b.astype(np.float32))
+  rows = Rows(padded(rows.code, -1), *map(padded, (rows.layer, rows.token, rows.source, rows.index)))
+  first = lambda size: jax.tree.map(lambda x: x[:size], rows)
+  size = _size(bisect.bisect(layers, -1))
+  acts = {site: run.acts[site][0] for site in ('resid.post_emb', 'resid.post_emb.input') if site in run.acts}
+  (x, embedding), slopes = _embeddings(acts, question, first(size), values_b[:size])
+  x, embedding = (x, slopes[0] if with_slope else None), (embedding, slopes[1])
+  found = []
+  for i, block in enumerate(model.h):
+    size = max(size, _size(bisect.bisect(layers, i)))
+    own = {name: site for site in saes for layer, name in [objectives.split_site(site)] if layer == i}
+    x, picked = _block(
+      block,
+      {name: saes[site] for name, site in own.items()},
+      _widened(x, size),
+      interventions.of_layer(prepared.held, i),
+      prepared.shifts,
+      question,
+      first(size),
+      values_b[:size],
+      np.int32(i),
+      model.config.n_head,
+      tuple(list(saes).index(site) for site in own.values()),
+    )
+    found.append(picked)
+  values = _widened((x[0], embedding[0], [layer[0] for layer in found]), n)
+  slopes = _widened((x[1], embedding[1], [layer[1] for layer in found]), n) if with_slope else None
+  return jax.device_get(_objectives(model, saes, question, values, slopes))
+
+
+def measure(
+  subject: Subject,
+  prepared: engine.Prepared,
+  run: effects.Run,
+  nodes: Sequence[schema.Node],
+  values_n: np.ndarray,
+  with_slope: bool = False,
+  progress: engine.Progress = engine.silent,
+) -> tuple[float, np.ndarray, np.ndarray | None]:
+  """Returns the objective, the objectives [node] with each node held at a value, and their derivatives by it.
+
+  Args:
+    subject: of the request.
+    prepared: the request.
+    run: of it.
+    nodes: of kinds in ABLATABLE, counted from 0.
+    values_n: what each is held at; of an embedding, a multiple of it.
+    with_slope: whether the derivatives are wanted.
+    progress: told the share of nodes that are done.
+  """
+  rows = rows_of(nodes, tuple(prepared.saes))
+  order = np.argsort(rows.layer, kind='stable')
+  lot = min(SIZES[-1], max(2, MAX_PAIRS // prepared.tokens_bt.shape[1] ** 2)) - 1
+  objective, found_n, slopes_n = np.nan, np.zeros(len(nodes)), np.zeros(len(nodes))
+  nothing = Rows(*np.array([[-1], [-1], [0], [0], [0]], np.int32))
+  for begin in range(0, len(order), lot):
+    mine = order[begin : begin + lot]
+    lot_rows = jax.tree.map(lambda a, b, mine=mine: np.concatenate([a, b[mine]]), nothing, rows)
+    values_b = np.concatenate([[0], values_n[mine]])
+    found, slopes = held_objectives(subject, prepared, run, lot_rows, values_b, with_slope)
+    objective, found_n[mine] = float(found[0]), found[1 : len(mine) + 1]
+    if with_slope:
+      slopes_n[mine] = slopes[1 : len(mine) + 1]
+    progress(min(1.0, (begin + lot) / len(order)), f'ablated {min(begin + lot, len(order))} of {len(order)}')
+  return objective, found_n, slopes_n if with_slope else None
+
+
+def audit(
+  subject: Subject, request: schema.AuditRequest, progress: engine.Progress = engine.silent
+) -> schema.AuditResponse:
+  """Returns the estimated, the measured and the integrated effects of the nodes that seem to matter most.
+
+  The effect of a node is the objective minus the objective with its activation held at zero (of a head, at one token
+  pair; of an embedding, without it). Integrated: activation times the derivative of the objective by it, averaged from
+  zero to the activation by Gauss-Legendre quadrature (integrated gradients, eq. 1 of Sundararajan et al. 2017, along
+  one node); with more steps it comes to the measured effect, and where few do not, the objective bends.
+
+  Raises:
+    ValueError: as `engine.debug`.
+  """
+  prepared = engine.prepare(subject, request.request)
+  run = engine.run(subject, prepared)
+  k = min(100, max(request.n, request.request.k))
+  listed = effects.find(subject.model, prepared.saes, run, k, True).nodes
+  asked = [engine.checked(subject, prepared, node) for node in request.request.nodes]
+  if wrong := [node for node in asked if node.kind not in ABLATABLE]:
+    raise ValueError(f'{wrong[0].label} cannot be audited; {", ".join(ABLATABLE)} can')
+  nodes = list(dict.fromkeys([*asked, *(node for node in listed if node.kind in ABLATABLE)]))
+  described = jax.device_get(effects.describe(subject.model, prepared.saes, run, nodes))
+  order = np.argsort(-np.abs(described.total_effect), kind='stable')
+  order = [i for i in order if i < len(asked)] + [i for i in order if i >= len(asked)]
+  order = np.array(order[: max(request.n, len(asked))], int)
+  nodes, acts_n, estimated_n = [nodes[i] for i in order], described.activation[order], described.total_effect[order]
+  n_lots = 1 + request.steps
+  told = lambda lot: lambda share, what: progress((lot + share) / n_lots, what)
+  objective, zeroed_n, _ = measure(subject, prepared, run, nodes, np.zeros(len(nodes)), progress=told(0))
+  measured_n = objective - zeroed_n
+  integrated_n = np.zeros(len(nodes))
+  points, weights = np.polynomial.legendre.leggauss(max(1, request.steps))
+  for step in range(request.steps):
+    share, weight = (points[step] + 1) / 2, weights[step] / 2
+    _, _, slopes_n = measure(subject, prepared, run, nodes, share * acts_n, True, told(1 + step))
+    integrated_n += weight * slopes_n * acts_n
+  return schema.AuditResponse(
+    request=request,
+    tokens=subject.tokens(prepared.tokens),
+    objective=objective,
+    nodes=nodes,
+    estimated=estimated_n.tolist(),
+    measured=measured_n.tolist(),
+    ratio=[float(e / m) if m else None for e, m in zip(estimated_n, measured_n, strict=True)],
+    integrated=integrated_n.tolist() if request.steps else None,
+  )
