@@ -295,7 +295,7 @@ def _describe_layer(block, acts, grads, run, attn_upstream, mlp_upstream, rows) 
   activation = jnp.where(of('head'), probs_n, jnp.where(of('neuron'), post_act_n, jnp.nan))
   activation = jnp.where(of('bias'), 1.0, activation)
   found = _described(activation, write_nd, run, rows, total, upstream)
-  reads_thc = _reads(block, run.grad_td)
+  reads_thc = head_reads(block, run.grad_td)
   direct_h = jnp.sum((v_out_thc * reads_thc).sum(-1), 0, where=kept_t[:, None]) * attn_upstream
   return dataclasses.replace(
     found,
@@ -326,7 +326,7 @@ def _output_bias(layer) -> Array:
   return jnp.zeros((), jnp.float32) if bias is None else bias[...].astype(jnp.float32)
 
 
-def _reads(block, grad_td) -> Array:
+def head_reads(block, grad_td) -> Array:
   """Returns the gradient [token, head, channel] at what each head read, if only the residual stream is read."""
   return jnp.einsum('td,hcd->thc', grad_td, block.attn.c_proj.kernel[...], preferred_element_type=jnp.float32)
 
@@ -372,7 +372,7 @@ def _layer_extremes(block, acts, grads, run, attn_upstream, mlp_upstream, k, wit
   norm = lambda x_thc: jnp.linalg.norm(
     jnp.einsum('thc,hcd->htd', x_thc, kernel_hcd, preferred_element_type=jnp.float32), axis=-1
   )
-  reads_thc = _reads(block, run.grad_td)
+  reads_thc = head_reads(block, run.grad_td)
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
   total_hts, direct_hts = probs_hts * grads['qk_probs'], probs_hts * projected_hts * attn_upstream
   found = {}

@@ -390,17 +390,23 @@ class AuditResponse(Strict):
 
 
 class EdgesRequest(Strict):
-  """All edges into a node, out of it, or the one between two; each from a write through a read, nothing between."""
+  """The edges into a node, out of it, or the one between two: through a write and a read, with nothing between."""
 
   request: Request
-  from_node: Node | None = None
-  to_node: Node | None = None
-  through: Literal['q', 'k', 'v'] | None = Field(None, description='Which input of to_node, if a head.')
-  frozen: bool = Field(True, description="Whether the reader's norm scale is held.")
+  from_node: Node | None = Field(None, description='An embedding, head, neuron, latent, error, bias or layer.')
+  to_node: Node | None = Field(None, description='A head at a token pair, a neuron or a latent.')
+  through: Literal['q', 'k', 'v'] | None = Field(None, description='Which input of to_node, where it is a head.')
+  frozen: bool = Field(True, description="Whether the scale of the reader's norm is held.")
+  n: int = Field(50, ge=1, le=1000, description='Edges out of a node that are listed, the largest of either sign.')
 
 
 class EdgesResponse(Strict):
-  """An edge is the write vector times the gradient of the reader's input, times that of the objective at the reader."""
+  """One row an edge.
+
+  Its effect is the derivative of the reader's activation along the writer's write vector, times the derivative of the
+  objective by that activation. Edges into a node are those of the nodes in the table of a trace of it, `request.k`
+  each.
+  """
 
   request: EdgesRequest
   tokens: list[Token]
@@ -422,8 +428,17 @@ class QKRequest(Strict):
   n: int = Field(50, ge=1, le=1000, description='Pairs listed, the largest of either sign.')
 
 
+class QKSide(Strict):
+  """All that the query, or the key, is made of at its token; heads are summed over what they attend to."""
+
+  nodes: list[Node] = Field(
+    description="A bias of site 'q' or 'k' stands for what the norm's shift and the head's own bias give."
+  )
+  effects: list[float] = Field(description='With all of the other side.')
+
+
 class QKResponse(Strict):
-  """One row a pair: what the query-side node and the key-side node contribute together."""
+  """One row a pair: what its query-side and its key-side node contribute to the logit together."""
 
   request: QKRequest
   tokens: list[Token]
@@ -432,9 +447,9 @@ class QKResponse(Strict):
   query_nodes: list[Node]
   key_nodes: list[Node]
   effects: list[float]
-  query_totals: Table = Field(description='Each query-side node with all of the key; direct_effect holds the sum.')
-  key_totals: Table
-  residual: float = Field(description='logit minus the sum over all pairs.')
+  query: QKSide
+  key: QKSide
+  residual: float = Field(description='The logit minus the sum of all pairs.')
 
 
 class CircuitRequest(Strict):

@@ -1,0 +1,370 @@
+"""Edges between nodes, and attention logits as sums over pairs of nodes.
+
+An edge is a write read directly: the derivative of what a reader does along the write vector of a node upstream, times
+the derivative of the objective by what the reader does (debugger.md 2.6). Readers are neurons, latents, and heads at
+token pairs through their query, key or value.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_interp.debugger import effects, engine, objectives, schema
+from jax_interp.debugger.subject import Subject
+from models import sites
+
+FROM = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'error', 'bias', 'layer')
+
+
+def _hold(x, tap, frozen):
+  return jnp.where(frozen, jax.lax.stop_gradient(x), x)
+
+
+def _normed(norm, stream_td, frozen):
+  """Returns the norm of a stream; its scale is a constant to gradients where frozen."""
+  return norm(stream_td[None], sites.Tap([sites.Edit('scale', _hold, (frozen,))]))
+
+
+def _patterns(block, stream_td, frozen, through):
+  """Returns attention [head, token, source] and values [source, head, channel], live through one input alone."""
+  held = lambda x, name: x[0] if name == through else jax.lax.stop_gradient(x[0])
+  qkv = block.attn.qkv(_normed(block.attn_ln, stream_td, frozen), jnp.arange(len(stream_td))[None])
+  q_thc, k_sgc, v_sgc = (held(x, name) for x, name in zip(qkv, 'qkv', strict=True))
+  per_head = lambda x_sgc: jnp.repeat(x_sgc, q_thc.shape[1] // x_sgc.shape[1], axis=1)
+  logits_hts = jnp.einsum('thc,shc->hts', q_thc, per_head(k_sgc)) * q_thc.shape[-1] ** -0.5
+  causal_ts = jnp.tri(len(stream_td), dtype=bool)
+  return jax.nn.softmax(jnp.where(causal_ts, logits_hts, -jnp.inf)), per_head(v_sgc)
+
+
+def _head_reads(block, stream_td, frozen, through, grads):
+  """Returns each pair's activation times the derivative of the objective by it, a constant, [head, token, source].
+
+  Through values, what a pair moves is its activation; else its probability is.
+  """
+  probs_hts, v_shc = _patterns(block, stream_td, frozen, through)
+  if through == 'v':
+    grad_thc = jax.lax.stop_gradient(effects.head_reads(block, grads['delta_attn']))
+    return probs_hts * jnp.einsum('thc,shc->hts', grad_thc, v_shc)
+  return probs_hts * jax.lax.stop_gradient(grads['qk_probs'])
+
+
+def _neuron_reads(block, stream_td, frozen, grads):
+  """Returns each neuron's activation times the derivative of the objective by it, a constant, [token, neuron]."""
+  tap = sites.Tap(capture=('post_act',))
+  block.mlp(_normed(block.mlp_ln, stream_td, frozen), tap)
+  return tap.acts['post_act'][0] * jax.lax.stop_gradient(grads['post_act'])
+
+
+def _latent_reads(block, sae, name, stream_td, frozen, grads):
+  """Returns each latent's activation times the derivative of the objective by it, a constant, [token, latent].
+
+  Args:
+    block: the SAE's layer.
+    sae: at a site of it.
+    name: of the site within the layer.
+    stream_td: before attention or MLP, or at the site if that is on the residual stream.
+    frozen: whether the scale of the norm is held.
+    grads: of the SAE.
+  """
+  tap = sites.Tap(capture=('v_out', 'post_act'))
+  if name in ('attn.v_out', 'resid.delta_attn'):
+    out = block.attn(_normed(block.attn_ln, stream_td, frozen), tap)
+    x = tap.acts['v_out'] if name == 'attn.v_out' else out
+  elif name in ('mlp.post_act', 'resid.delta_mlp'):
+    out = block.mlp(_normed(block.mlp_ln, stream_td, frozen), tap)
+    x = tap.acts['post_act'] if name == 'mlp.post_act' else out
+  else:
+    x = stream_td[None]
+  latents_tl, _ = sae.encode(x[0].reshape(len(stream_td), -1))
+  return latents_tl * jax.lax.stop_gradient(grads['.latents'])
+
+
+@functools.partial(jax.jit, static_argnames='through')
+def _into_head(block, stream_td, grads, frozen, through, cell):
+  return jax.grad(lambda x: _head_reads(block, x, frozen, through, grads)[tuple(cell)])(stream_td)
+
+
+@jax.jit
+def _into_neuron(block, stream_td, grads, frozen, cell):
+  return jax.grad(lambda x: _neuron_reads(block, x, frozen, grads)[tuple(cell)])(stream_td)
+
+
+@functools.partial(jax.jit, static_argnames='name')
+def _into_latent(block, sae, name, stream_td, grads, frozen, cell):
+  return jax.grad(lambda x: _latent_reads(block, sae, name, x, frozen, grads)[tuple(cell)])(stream_td)
+
+
+@functools.partial(jax.jit, static_argnames=('through', 'n'))
+def _out_to_heads(block, stream_td, write_td, grads, frozen, through, n):
+  return _top(jax.jvp(lambda x: _head_reads(block, x, frozen, through, grads), (stream_td,), (write_td,))[1], n)
+
+
+@functools.partial(jax.jit, static_argnames='n')
+def _out_to_neurons(block, stream_td, write_td, grads, frozen, n):
+  return _top(jax.jvp(lambda x: _neuron_reads(block, x, frozen, grads), (stream_td,), (write_td,))[1], n)
+
+
+@functools.partial(jax.jit, static_argnames=('name', 'n'))
+def _out_to_latents(block, sae, name, stream_td, write_td, grads, frozen, n):
+  reads = lambda x: _latent_reads(block, sae, name, x, frozen, grads)
+  return _top(jax.jvp(reads, (stream_td,), (write_td,))[1], n)
+
+
+def _top(x, n):
+  indices = effects.largest(jnp.abs(x), min(n, x.size))
+  return indices, x.reshape(-1)[indices]
+
+
+def edges(
+  subject: Subject, request: schema.EdgesRequest, progress: engine.Progress = engine.silent
+) -> schema.EdgesResponse:
+  """Returns the edges into a node, out of one, or between two.
+
+  Raises:
+    ValueError: neither node is given, one is not there or of a kind that cannot read or write, or from_node is not
+      upstream of to_node.
+  """
+  if request.from_node is None and request.to_node is None:
+    raise ValueError('give from_node, to_node or both')
+  prepared = engine.prepare(subject, request.request)
+  run = engine.run(subject, prepared)
+  if request.to_node is None:
+    rows = _out(subject, prepared, run, request, progress)
+  else:
+    rows = _into(subject, prepared, run, request)
+  from_nodes, to_nodes, through, found = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
+  return schema.EdgesResponse(
+    request=request,
+    tokens=subject.tokens(prepared.tokens),
+    from_nodes=from_nodes,
+    to_nodes=to_nodes,
+    through=through,
+    effects=[float(x) for x in found],
+    objective=float(run.objective),
+  )
+
+
+def _reader(subject, prepared, request) -> schema.Node:
+  node = objectives.check_node(
+    subject, request.to_node, prepared.n_tokens, tuple(prepared.saes), ('head', 'neuron', 'latent')
+  )
+  if (node.kind == 'head') != (request.through is not None):
+    raise ValueError('a head reads through q, k or v, and only a head does; give through for a head alone')
+  return node
+
+
+def _into(subject, prepared, run, request):
+  model, saes = subject.model, prepared.saes
+  node = _reader(subject, prepared, request)
+  frozen, traced_sae = np.bool_(request.frozen), -1
+  if node.kind == 'head':
+    stream, cell = 2 * node.layer, (node.index, node.token, node.source)
+    grads = effects.layer_acts(run, node.layer)[1]
+    grad_td = _into_head(model.h[node.layer], _stream(run, stream), grads, frozen, request.through, np.array(cell))
+  elif node.kind == 'neuron':
+    stream, cell = 2 * node.layer + 1, (node.token, node.index)
+    grads = effects.layer_acts(run, node.layer)[1]
+    grad_td = _into_neuron(model.h[node.layer], _stream(run, stream), grads, frozen, np.array(cell))
+  else:
+    stream, cell = objectives.read_from(node.site), (node.token, node.index)
+    layer, name = objectives.split_site(node.site)
+    grads, traced_sae = effects.own_acts(run, node.site)[1], list(saes).index(node.site)
+    block = model.h[layer or 0]
+    grad_td = _into_latent(block, saes[node.site], name, _before(run, node.site), grads, frozen, np.array(cell))
+  local = dataclasses.replace(run, grad_td=grad_td, stream=jnp.asarray(stream), traced_sae=jnp.asarray(traced_sae))
+  if request.from_node is None:
+    nodes = effects.find(model, saes, local, request.request.k, False).nodes
+    nodes = [found for found in nodes if found.kind != 'head_total']
+  else:
+    nodes = [_writer(subject, prepared, request)]
+    if not _is_upstream(nodes[0], saes, stream, traced_sae):
+      raise ValueError(f'{nodes[0].label} is not upstream of {node.label}')
+  direct = jax.device_get(effects.describe(model, saes, local, nodes).direct_effect)
+  return [(found, node, request.through, x) for found, x in zip(nodes, direct, strict=True) if x or request.from_node]
+
+
+def _writer(subject, prepared, request) -> schema.Node:
+  node = engine.checked(subject, prepared, request.from_node)
+  if node.kind not in FROM:
+    raise ValueError(f'{node.label} writes nothing at one token; give one of {", ".join(FROM)}')
+  return node
+
+
+def written(node: schema.Node, saes) -> int:
+  """Returns the number of the first residual stream that holds what a node writes."""
+  if node.kind == 'embedding':
+    return 0
+  if node.site in saes:
+    return effects.writes_to(node.site)
+  attention = node.kind in ('head', 'head_token') or node.site == 'attn'
+  return 2 * node.layer + (1 if attention else 2)
+
+
+def _is_upstream(node, saes, stream, traced_sae):
+  own = node.site in saes and list(saes).index(node.site) == traced_sae
+  return written(node, saes) <= stream and not own
+
+
+def _stream(run, stream):
+  return run.acts[objectives.stream_site(stream)][0].astype(jnp.float32)
+
+
+def _before(run, site):
+  """Returns what the SAE at a site, or the sublayer that it is of, reads."""
+  on_stream = site == 'resid.post_emb' or '.resid.post_' in site
+  return run.acts[f'{site}.input'][0] if on_stream else _stream(run, objectives.read_from(site))
+
+
+def _out(subject, prepared, run, request, progress):
+  model, saes = subject.model, prepared.saes
+  node, frozen = _writer(subject, prepared, request), np.bool_(request.frozen)
+  write_d = effects.describe(model, saes, run, [node]).write_nd[0]
+  write_td = jnp.zeros_like(run.grad_td).at[node.token].set(write_d)
+  begin, n, t = written(node, saes), request.n, run.grad_td.shape[0]
+  n_head, n_neurons = model.config.n_head, model.config.n_neurons
+  found = []
+  for i, block in enumerate(model.h):
+    grads = effects.layer_acts(run, i)[1]
+    if begin <= 2 * i:
+      for through in 'qkv':
+        top = _out_to_heads(block, _stream(run, 2 * i), write_td, grads, frozen, through, n)
+        found.append((('head', i, through), (n_head, t, t), top))
+    if begin <= 2 * i + 1:
+      top = _out_to_neurons(block, _stream(run, 2 * i + 1), write_td, grads, frozen, n)
+      found.append((('neuron', i, None), (t, n_neurons), top))
+    progress((i + 1) / len(model.h), f'layer {i + 1} of {len(model.h)}')
+  for site, sae in saes.items():
+    if begin <= objectives.read_from(site) and site != node.site:
+      layer, name = objectives.split_site(site)
+      grads = effects.own_acts(run, site)[1]
+      top = _out_to_latents(model.h[layer or 0], sae, name, _before(run, site), write_td, grads, frozen, n)
+      found.append((('latent', site, None), (t, sae.n_latents), top))
+  rows = []
+  for (kind, where, through), shape, (indices, values) in jax.device_get(found):
+    for index, x in zip(zip(*np.unravel_index(indices, shape), strict=True), values, strict=True):
+      rows.append((_reader_node(kind, where, tuple(int(i) for i in index)), through, float(x)))
+  rows = sorted((row for row in rows if row[2] and row[0].token < prepared.n_tokens), key=lambda row: -abs(row[2]))
+  return [(node, reader, through, x) for reader, through, x in rows[:n]]
+
+
+def _reader_node(kind, where, index) -> schema.Node:
+  if kind == 'head':
+    return schema.Node(kind=kind, layer=where, index=index[0], token=index[1], source=index[2])
+  place = {'layer': where} if kind == 'neuron' else {'site': where}
+  return schema.Node(kind=kind, token=index[0], index=index[1], **place)
+
+
+# Attention logits
+
+
+@jax.jit
+def _sides(block, write_nd, scale_n1, positions_n, shift_positions):
+  """Returns what writes add to queries [node, head, channel] and keys [node, g, channel], and what the shift gives."""
+  normed_nd = block.attn_ln.linear(write_nd) / scale_n1
+  q_bthc, k_btgc, _ = block.attn.qkv(normed_nd[:, None], positions_n[:, None])
+  zero = block.attn.qkv(jnp.zeros_like(normed_nd)[:, None], positions_n[:, None])
+  shift_btd = jnp.broadcast_to(block.attn_ln.shift, (2, 1, write_nd.shape[-1]))
+  shift_q, shift_k, _ = block.attn.qkv(shift_btd, shift_positions[:, None])
+  return (q_bthc - zero[0])[:, 0], (k_btgc - zero[1])[:, 0], shift_q[0, 0], shift_k[1, 0]
+
+
+def parts(subject: Subject, prepared: engine.Prepared, run: effects.Run, stream: int, token: int) -> list[schema.Node]:
+  """Returns nodes that a residual stream is the sum of at a token; latents that are off are left out.
+
+  An SAE stands for what it reads: on the residual stream, for all before it.
+  """
+  saes, config = prepared.saes, subject.model.config
+  on_stream = [s for s in saes if (s == 'resid.post_emb' or '.resid.post_' in s) and effects.writes_to(s) <= stream]
+  first = max(on_stream, key=effects.writes_to, default=None)
+  begin = -1 if first is None else effects.writes_to(first)
+  nodes = [schema.Node(kind='embedding', token=token)] if first is None else _latents(run, first, token)
+  for i in range(config.n_layer):
+    for part, written_to, inner in (('attn', 2 * i + 1, 'attn.v_out'), ('mlp', 2 * i + 2, 'mlp.post_act')):
+      if not begin < written_to <= stream:
+        continue
+      site = next((s for s in (f'h.{i}.resid.delta_{part}', f'h.{i}.{inner}') if s in saes), None)
+      if site is not None:
+        nodes += _latents(run, site, token)
+      elif part == 'attn':
+        nodes += [schema.Node(kind='head_token', layer=i, index=h, token=token) for h in range(config.n_head)]
+      else:
+        nodes.append(schema.Node(kind='layer', site='mlp', layer=i, token=token))
+      if (site is None and part == 'attn') or (site is not None and site.endswith(inner)):
+        nodes.append(schema.Node(kind='bias', site=part, layer=i, token=token))
+  return nodes
+
+
+def _latents(run, site, token):
+  latents_l = np.asarray(run.acts[f'{site}.latents'][0, token])
+  nodes = [schema.Node(kind='latent', site=site, index=int(i), token=token) for i in np.flatnonzero(latents_l)]
+  return nodes + [schema.Node(kind=kind, site=site, token=token) for kind in ('error', 'bias')]
+
+
+def qk(subject: Subject, request: schema.QKRequest, progress: engine.Progress = engine.silent) -> schema.QKResponse:
+  """Returns an attention logit split into pairs of what the query and the key are made of.
+
+  With the scale of the norm held, queries and keys are linear in the residual stream, so that their product is the sum
+  over all pairs of a node at the query's token and one at the key's.
+
+  Raises:
+    ValueError: there is no such head or token pair; and as `engine.debug`.
+  """
+  prepared = engine.prepare(subject, request.request)
+  node = schema.Node(kind='head', layer=request.layer, index=request.head, token=request.token, source=request.source)
+  node = objectives.check_node(subject, node, prepared.n_tokens, tuple(prepared.saes), ('head',))
+  run = engine.run(subject, prepared)
+  progress(0.5, 'splitting')
+  model, layer = subject.model, node.layer
+  own = [parts(subject, prepared, run, 2 * layer, token) for token in (node.token, node.source)]
+  nodes = own[0] + own[1]
+  write_nd = effects.describe(model, prepared.saes, run, nodes).write_nd
+  positions = np.array([found.token for found in nodes])
+  scale_n1 = run.acts[f'h.{layer}.attn_ln.scale'][0, positions]
+  n_q, group = len(own[0]), node.index // (model.config.n_head // model.h[0].attn.n_kv_head)
+  size = -len(nodes) % 64  # few sizes are compiled
+  padded = lambda x: np.concatenate([x, np.repeat(x[:1], size, 0)])
+  q, k, shift_q, shift_k = jax.device_get(
+    _sides(
+      model.h[layer],
+      padded(jax.device_get(write_nd)),
+      padded(jax.device_get(scale_n1)),
+      padded(positions),
+      np.array([node.token, node.source]),
+    )
+  )
+  q_nc = np.concatenate([q[:n_q, node.index], shift_q[None, node.index]]).astype(np.float64)
+  k_nc = np.concatenate([k[n_q : len(nodes), group], shift_k[None, group]]).astype(np.float64)
+  sides = [
+    found + [schema.Node(kind='bias', layer=layer, index=node.index, site=name, token=token)]
+    for found, name, token in zip(own, 'qk', (node.token, node.source), strict=True)
+  ]
+  pairs = q_nc @ k_nc.T * q_nc.shape[1] ** -0.5
+  logits_hts = _logit(model.h[layer], _stream(run, 2 * layer), np.array([node.index, node.token, node.source]))
+  logit = float(logits_hts)
+  order = np.argsort(-np.abs(pairs), axis=None, kind='stable')[: request.n]
+  rows, columns = np.unravel_index(order, pairs.shape)
+  side = lambda nodes, effects: schema.QKSide(nodes=nodes, effects=effects.tolist())
+  return schema.QKResponse(
+    request=request,
+    tokens=subject.tokens(prepared.tokens),
+    logit=logit,
+    probability=float(run.acts[f'h.{layer}.attn.qk_probs'][0, node.index, node.token, node.source]),
+    query_nodes=[sides[0][i] for i in rows],
+    key_nodes=[sides[1][i] for i in columns],
+    effects=pairs[rows, columns].tolist(),
+    query=side(sides[0], pairs.sum(1)),
+    key=side(sides[1], pairs.sum(0)),
+    residual=logit - float(pairs.sum()),
+  )
+
+
+@jax.jit
+def _logit(block, stream_td, cell):
+  head, token, source = cell
+  normed_btd = block.attn_ln(stream_td[None], sites.Tap())
+  q_bthc, k_btgc, _ = block.attn.qkv(normed_btd, jnp.arange(len(stream_td))[None])
+  group = head // (q_bthc.shape[2] // k_btgc.shape[2])
+  return q_bthc[0, token, head] @ k_btgc[0, source, group] * q_bthc.shape[-1] ** -0.5
