@@ -16,6 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from models import pretrained, sae, sharding
+from tests.llm import fake_server
 from tests.server import stubs
 from train import serve
 
@@ -23,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Serves plain functions in the place of the engine, whose jobs last as long as the prompt says.
 STUBBED = """
 from absl import app
+from tests.llm import fake_server
 from tests.server import stubs
 from train import serve
 serve.endpoints = lambda main, other: stubs.endpoints()
@@ -203,6 +205,28 @@ def test_after_the_grace_period_what_still_runs_is_given_up(word):
     assert re.search('event: error\ndata: .*"busy"', streamed.result().text)
     _end(process)
     assert time.monotonic() - start < 10
+
+
+def test_explanations_are_scored_by_the_language_model_that_is_named(workdir):
+  key = 'sk-very-secret'
+  with (
+    fake_server.running() as llm,
+    _serving(
+      f'--records={workdir}', '--llm_backend=openai', code=STUBBED, OPENAI_BASE_URL=llm.url, OPENAI_API_KEY=key
+    ) as (process, url),
+    httpx.Client(base_url=url, timeout=30) as client,
+  ):
+    assert client.get('/api/model').json()['language_model'] == 'fake-model'
+    llm.requests.clear()
+    asked = {'kind': 'latent', 'site': stubs.LATENTS, 'index': 1, 'explanation': 'b2'}
+    estimate = client.post('/api/score/estimate', json=asked).json()
+    assert (estimate['usd'], estimate['usd_left']) == (0, 1)  # a server on this machine
+    assert not llm.requests
+    answer = client.post('/api/score', json={'id': estimate['id']})
+    assert answer.json()['statuses'] == {'ok': 4}
+    assert len(llm.requests) == estimate['requests']
+    process.send_signal(signal.SIGTERM)
+    assert key not in _end(process)
 
 
 def test_asked_to_stop_while_it_loads_it_stops():
