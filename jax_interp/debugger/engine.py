@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.debugger import effects, interventions, lens, objectives, schema
-from jax_interp.debugger.subject import Subject
+from jax_interp.debugger.subject import LENGTHS, Subject
 from models import sites
 
 Progress = Callable[[float, str], None]  # told the share that is done and what is being done; may raise to stop
@@ -89,12 +89,11 @@ def prepare(subject: Subject, request: schema.Request) -> Prepared:
   if missing := [site for site in wanted if site not in subject.saes]:
     raise ValueError(f'there is no SAE at {missing[0]!r}; there is one at {sorted(subject.saes) or "no site"}')
   saes = {site: subject.saes[site] for site in wanted}
-  tokens_bt = subject.pad(tokens)
+  objective = request.objective if request.trace is None else traced(request.trace, request.objective)
   held = held_by(subject, saes, request.ablations, len(tokens))
-  prepared = Prepared(tokens, n_prompt, tokens_bt, saes, held, None, None)
+  prepared = Prepared(tokens, n_prompt, subject.pad(tokens), saes, held, None, None)
   if request.edge_ablations:
     prepared = dataclasses.replace(prepared, shifts=_shifts(subject, prepared, request.edge_ablations))
-  objective = request.objective if request.trace is None else traced(request.trace, request.objective)
   return _asked(subject, prepared, objective)
 
 
@@ -191,7 +190,14 @@ def _log_probs(model, z_td, token):
 
 
 N_MEAN_WINDOWS = 64  # of the sample, that means are of
-HELD_SITES = 'h.*.attn.qk_probs', 'h.*.attn.v_out', 'h.*.mlp.post_act', 'resid.post_emb', 'h.*.resid.delta_*'
+HELD_SITES = (
+  'h.*.attn.qk_probs',
+  'h.*.attn.v',
+  'h.*.attn.v_out',
+  'h.*.mlp.post_act',
+  'resid.post_emb',
+  'h.*.resid.delta_*',
+)
 
 
 @jax.jit
@@ -255,6 +261,51 @@ def _mean(model, saes, tokens_bt):
 # Answers
 
 
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """A request that has been run, and the nodes of its own table."""
+
+  prepared: Prepared
+  run: effects.Run
+  found: effects.Found
+  nodes: list[schema.Node]
+
+
+def analyse(subject: Subject, request: schema.Request) -> Analysis:
+  """Runs a request and finds its nodes: those it names, then those of the largest and smallest numbers."""
+  prepared = prepare(subject, request)
+  asked = [checked(subject, prepared, node) for node in request.nodes]
+  found_run = run(subject, prepared)
+  exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
+  found = effects.find(subject.model, prepared.saes, found_run, request.k, exact)
+  return Analysis(prepared, found_run, found, list(dict.fromkeys([*asked, *found.nodes])))
+
+
+def answer(
+  subject: Subject, request: schema.Request, analysis: Analysis, nodes: list[schema.Node], began: float
+) -> schema.Response:
+  """Returns the answer to a request that has been run, over these nodes; `began` is of `time.monotonic`."""
+  prepared, found_run = analysis.prepared, analysis.run
+  described = effects.describe(subject.model, prepared.saes, found_run, nodes) if nodes else None
+  token, ablated = int(prepared.question.token), request.ablations or request.edge_ablations
+  objective = analysis.found.completeness.objective
+  return schema.Response(
+    request=request,
+    tokens=subject.tokens(prepared.tokens),
+    objective=objective,
+    unedited=value(subject, unablated(prepared)) if ablated else None,
+    traced_activation=objective if request.trace else None,
+    table=tabulate(nodes, described),
+    completeness=analysis.found.completeness,
+    by_token=analysis.found.by_token,
+    candidates=lens.candidates(
+      subject, found_run.acts['resid.post_ln_f'][0], token, pinned_tokens(subject, request.objective)
+    ),
+    node_tokens=lens.node_tokens(subject, prepared.saes, found_run, nodes, described, request.n_tokens),
+    seconds=time.monotonic() - began,
+  )
+
+
 def debug(subject: Subject, request: schema.Request, progress: Progress = silent) -> schema.Response:
   """Returns the answer to a request; the mesh is the ambient one.
 
@@ -262,33 +313,58 @@ def debug(subject: Subject, request: schema.Request, progress: Progress = silent
     ValueError: something that the request names is not there, or cannot be asked.
   """
   began = time.monotonic()
-  prepared = prepare(subject, request)
-  progress(0.1, 'running the model')
-  found_run = run(subject, prepared)
-  progress(0.4, 'listing nodes')
-  exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
-  found = effects.find(subject.model, prepared.saes, found_run, request.k, exact)
-  asked = [checked(subject, prepared, node) for node in request.nodes]
-  nodes = list(dict.fromkeys([*asked, *found.nodes]))
-  described = effects.describe(subject.model, prepared.saes, found_run, nodes) if nodes else None
-  progress(0.7, 'reading tokens')
-  token = int(prepared.question.token)
-  pinned = pinned_tokens(subject, request.objective)
-  response = schema.Response(
-    request=request,
-    tokens=subject.tokens(prepared.tokens),
-    objective=found.completeness.objective,
-    unedited=value(subject, unablated(prepared)) if request.ablations or request.edge_ablations else None,
-    traced_activation=found.completeness.objective if request.trace else None,
-    table=tabulate(nodes, described),
-    completeness=found.completeness,
-    by_token=found.by_token,
-    candidates=lens.candidates(subject, found_run.acts['resid.post_ln_f'][0], token, pinned),
-    node_tokens=lens.node_tokens(subject, prepared.saes, found_run, nodes, described, request.n_tokens),
-    seconds=time.monotonic() - began,
-  )
-  progress(1.0, 'done')
-  return response
+  progress(0.0, 'running the model')
+  analysis = analyse(subject, request)
+  progress(0.6, 'reading nodes')
+  return answer(subject, request, analysis, analysis.nodes, began)
+
+
+def acts(subject: Subject, request: schema.ActsRequest, progress: Progress = silent) -> schema.ActsResponse:
+  """Returns the activations of a component on a prompt: of a head, attention times the size of what it writes.
+
+  Raises:
+    ValueError: there is no such component, or the prompt is too long.
+  """
+  tokens = subject.encode(request.prompt)
+  last = len(tokens) - 1
+  where = {'layer': request.layer, 'site': request.site, 'index': request.index}
+  node = schema.Node(kind=request.kind, token=last, source=last if request.kind == 'head' else None, **where)
+  node = objectives.check_node(subject, node, len(tokens), tuple(subject.saes), (request.kind,))
+  saes = {node.site: subject.saes[node.site]} if node.kind == 'latent' else {}
+  found = _donor(subject.model, saes, subject.pad(tokens))
+  if node.kind == 'head':
+    block, prefix = subject.model.h[node.layer], f'h.{node.layer}.attn'
+    norms_s = _value_norms(block, found[f'{prefix}.v'][0], np.int32(node.index))
+    values_ts = np.asarray(found[f'{prefix}.qk_probs'][0, node.index] * norms_s)[: len(tokens), : len(tokens)]
+    values = values_ts.tolist()
+  else:
+    site = f'h.{node.layer}.mlp.post_act' if node.kind == 'neuron' else f'{node.site}.latents'
+    values = np.asarray(found[site][0, : len(tokens), node.index]).tolist()
+  return schema.ActsResponse(request=request, tokens=subject.tokens(tokens), values=values)
+
+
+@jax.jit
+def _value_norms(block, v_sgc, head):
+  kernel_hcd = block.attn.c_proj.kernel[...]
+  group = head // (len(kernel_hcd) // v_sgc.shape[1])
+  return jnp.linalg.norm(jnp.einsum('sc,cd->sd', v_sgc[:, group], kernel_hcd[head]), axis=-1)
+
+
+def warm(subject: Subject, lengths: Sequence[int] = LENGTHS[:3], progress: Progress = silent):
+  """Compiles what plain requests of prompts up to these many tokens need, with and without ablations and traces."""
+  lengths = sorted({min(length, subject.model.config.n_ctx) for length in lengths})
+  for i, length in enumerate(lengths):
+    progress(i / len(lengths), f'compiling for prompts of {length} tokens')
+    tokens = [0] * length
+    saes = dict(sorted(subject.saes.items()))
+    prepared = Prepared(tokens, length, subject.pad(tokens), saes, held_by(subject, saes, [], length), None, None)
+    prepared = _asked(subject, prepared, schema.Entropy())
+    found_run = run(subject, prepared)
+    nodes = effects.find(subject.model, prepared.saes, found_run, 10, False).nodes
+    described = effects.describe(subject.model, prepared.saes, found_run, nodes)
+    lens.candidates(subject, found_run.acts['resid.post_ln_f'][0], length - 1, [])
+    lens.node_tokens(subject, prepared.saes, found_run, nodes, described, 10)
+    value(subject, prepared)
 
 
 def checked(subject, prepared, node):

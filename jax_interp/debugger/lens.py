@@ -193,3 +193,57 @@ def candidates(subject: Subject, z_td: jax.Array, token: int, pinned: Sequence[i
     probabilities=[float(np.exp(logits_v[i] - log_z)) for i in listed],
     ranks=[int(rank_v[i]) for i in listed],
   )
+
+
+# Without a prompt
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'name'))
+def _alone(model, sae, layer, name, index):
+  """Returns the pre-activation [vocab] of a neuron or latent of an MLP, each token's embedding alone as its input."""
+  block = model.h[layer]
+  column_d = block.mlp.c_fc.kernel[...][:, index]
+  bias = 0.0 if block.mlp.c_fc.bias is None else block.mlp.c_fc.bias[...][index]
+
+  def one(embedding_d):
+    normed_d = block.mlp_ln(embedding_d[None, None].astype(jnp.float32), sites.Tap())[0, 0]
+    if sae is None:
+      return normed_d @ column_d + bias
+    return objectives.pre_activation(sae, mlp_acts(block, normed_d, name == 'resid.delta_mlp'), index)
+
+  return jax.lax.map(one, model.wte.embedding[...], batch_size=1024)
+
+
+@functools.partial(jax.jit, static_argnames='site')
+def unit_write(model, sae, site, index):
+  """Returns what an activation of 1 adds to the residual stream, [1, d_model]."""
+  if sae is None:
+    return model.h[int(site.split('.')[1])].mlp.c_proj.kernel[...][index][None].astype(jnp.float32)
+  return effects.to_stream(model, site, sae.decoder[...][index][None])
+
+
+def lens(subject: Subject, request: schema.LensRequest, progress=None) -> schema.LensResponse:
+  """Returns the logit lens of a component: the tokens that an activation of 1 promotes, and those that excite it.
+
+  The input side is of neurons and latents of MLPs, whose layer then reads each token's embedding alone, without a
+  position (debugger.md 1, rows 27 and 28). A latent's write is without the scale of its input's norm.
+
+  Raises:
+    ValueError: there is no such component.
+  """
+  node = schema.Node(kind=request.kind, layer=request.layer, site=request.site, index=request.index, token=0)
+  node = objectives.check_node(subject, node, 1, tuple(subject.saes), (request.kind,))
+  model, n = subject.model, min(request.n, subject.model.config.n_vocab)
+  sae = subject.saes.get(node.site)
+  site = f'h.{node.layer}.mlp.post_act' if sae is None else node.site
+  index = np.int32(node.index)
+  ends = jax.device_get(_promoted(model, unit_write(model, sae, site, index), n))
+  lists = [_tokens(subject, ends[0][end, 0], ends[1][end, 0]) for end in (0, 1)]
+  inputs = [None, None]
+  layer, name = objectives.split_site(site)
+  if name in ('mlp.post_act', 'resid.delta_mlp'):
+    ends = jax.device_get(_both_ends(_alone(model, sae, layer, name, index)[None], n))
+    inputs = [_tokens(subject, ends[0][end, 0], ends[1][end, 0]) for end in (0, 1)]
+  return schema.LensResponse(
+    request=request, promoted=lists[0], suppressed=lists[1], excited_by=inputs[0], inhibited_by=inputs[1]
+  )

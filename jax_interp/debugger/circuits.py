@@ -1,0 +1,535 @@
+"""A prompt and an objective -> the few edges between components that carry it, and how much of it they really carry.
+
+The graph is of components at all tokens. Writers: the embedding, every head, every MLP. Readers: the queries of every
+head, the keys and the values of every key-value head, every MLP, and the objective, through the final norm or where it
+is read. An edge that is cut reads, in place of what its writer writes in this very run, a counterfactual write; the
+reader's norm sees the change. What is no writer is always there: the output biases of attention, and what an ablation
+of the request holds or an SAE's ablated latents change in the sum of an attention layer or in the stream.
+
+Edges are scored by EAP-IG (`scores`), chosen to a budget (`choose`), and all that is said of the circuit is then
+measured: runs with edges cut, by masks that are arrays, so that one compiled layer serves all of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_interp.debugger import engine, interventions, objectives, schema
+from jax_interp.debugger.subject import Subject
+from models import sites
+
+Array = jax.Array
+
+MAX_LOT = 8  # runs that are computed together
+MAX_NUMBERS = 2**27  # of what is written and read by a lot of them, so that long prompts fit into memory
+MAX_MEASURED = 300  # edges that are cut one by one
+READ = ('resid.post_attn', 'resid.post_mlp', 'attn.q', 'attn.k', 'attn.v', 'attn.qk_probs', 'mlp.pre_act')
+WRITTEN = ('attn.v_out', 'resid.delta_attn.is_live', 'resid.delta_mlp')
+
+
+# The graph
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+  """Which edges there can be.
+
+  Attributes:
+    writers, readers: their names, in the order of the run; the objective is the last reader.
+    components: (readers, writers, which of these readers are part of which of these writers) of each attention layer
+      and each MLP, in the order of the run; the first two are slices.
+    sinks_r: which readers the objective is read from.
+    possible_rw: edges on some path from the embedding to the objective.
+  """
+
+  writers: list[str]
+  readers: list[str]
+  components: list[tuple[slice, slice, np.ndarray]]
+  sinks_r: np.ndarray
+  possible_rw: np.ndarray
+
+
+def graph_of(model, question: objectives.Question, sae_sites: tuple[str, ...] = ()) -> Graph:
+  """Returns the graph of a model upstream of an objective, with SAEs spliced in at these sites."""
+  n_layer, n_head, n_kv = model.config.n_layer, model.config.n_head, model.h[0].attn.n_kv_head
+  writers, writes_to = ['embedding'], [0]
+  readers, reads_from = [], []
+  components = []
+  one_each = [np.eye(n_head), *[np.repeat(np.eye(n_kv), n_head // n_kv, axis=1)] * 2]
+  for i in range(n_layer):
+    heads, mlp = len(writers), len(writers) + n_head
+    attn_reads, mlp_read = len(readers), len(readers) + n_head + 2 * n_kv
+    components.append((slice(attn_reads, mlp_read), slice(heads, mlp), np.concatenate(one_each) > 0))
+    components.append((slice(mlp_read, mlp_read + 1), slice(mlp, mlp + 1), np.ones((1, 1), bool)))
+    writers += [*(f'h.{i}.attn.{head}' for head in range(n_head)), f'h.{i}.mlp']
+    writes_to += [2 * i + 1] * n_head + [2 * i + 2]
+    readers += [f'h.{i}.attn.{j}.{name}' for name, n in (('q', n_head), ('k', n_kv), ('v', n_kv)) for j in range(n)]
+    readers.append(f'h.{i}.mlp')
+    reads_from += [2 * i] * (n_head + 2 * n_kv) + [2 * i + 1]
+  in_stream = question.kind in (objectives.PROJECTION, objectives.LATENT)
+  readers.append('objective' if in_stream else 'logits')
+  reads_from.append(int(question.stream))
+  causal_rw = np.array(writes_to) <= np.array(reads_from)[:, None]
+  sinks = _sinks(question, n_head // n_kv, sae_sites)
+  sinks_r = np.array([any(name == sink or name.startswith(f'{sink}.') for sink in sinks) for name in readers])
+  graph = Graph(writers, readers, components, sinks_r, causal_rw)
+  return dataclasses.replace(graph, possible_rw=on_paths(graph, causal_rw))
+
+
+def _sinks(question, n_sharing, sae_sites) -> list[str]:
+  """Returns names of readers, or what they begin with, that the objective is read from."""
+  layer, head, (through_q, through_k) = int(question.layer), int(question.index), question.through
+  match int(question.kind):
+    case objectives.NEURON:
+      return [f'h.{layer}.mlp']
+    case objectives.ATTENTION | objectives.WRITE as kind:
+      found = [f'h.{layer}.attn.{head}.q'] * bool(through_q)
+      found += [f'h.{layer}.attn.{head // n_sharing}.k'] * bool(through_k)
+      return found + [f'h.{layer}.attn.{head // n_sharing}.v'] * (kind == objectives.WRITE)
+    case objectives.LATENT:
+      of_layer, name = objectives.split_site(sae_sites[layer])
+      if name in ('attn.v_out', 'resid.delta_attn'):
+        return [f'h.{of_layer}.attn']
+      return [f'h.{of_layer}.mlp'] if name in ('mlp.post_act', 'resid.delta_mlp') else ['objective']
+    case objectives.PROJECTION:
+      return ['objective']
+  return ['logits']
+
+
+def _reached(graph: Graph, edges_rw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns which writers these edges lead to from the embedding, and from which readers they lead to the objective."""
+  from_embedding_w = np.arange(len(graph.writers)) == 0
+  for readers, writers, part_of in graph.components:
+    reads_r = (edges_rw[readers] & from_embedding_w).any(1)
+    from_embedding_w[writers] = (part_of & reads_r[:, None]).any(0)
+  to_objective_r = graph.sinks_r.copy()
+  for readers, writers, part_of in reversed(graph.components):
+    is_read_w = (edges_rw[:, writers] & to_objective_r[:, None]).any(0)
+    to_objective_r[readers] |= (part_of & is_read_w).any(1)
+  return from_embedding_w, to_objective_r
+
+
+def on_paths(graph: Graph, edges_rw: np.ndarray) -> np.ndarray:
+  """Returns those of the edges that lie on a path, of these edges, from the embedding to the objective."""
+  from_embedding_w, to_objective_r = _reached(graph, edges_rw)
+  return edges_rw & from_embedding_w & to_objective_r[:, None]
+
+
+def choose(graph: Graph, scores_rw: np.ndarray, n_edges: int) -> np.ndarray:
+  """Returns a circuit of at most n_edges edges, each on a path from the embedding to the objective, as a mask [r, w].
+
+  It is as many as possible of the edges of the largest |score|, in order, without those that are on no path of them;
+  what is left of the budget goes to the largest that join what these paths reach, each of which is then on one.
+  """
+  possible = np.flatnonzero(graph.possible_rw)
+  order = possible[np.argsort(-np.abs(scores_rw.reshape(-1)[possible]), kind='stable')]
+
+  def largest(n):
+    edges_rw = np.zeros(graph.possible_rw.shape, bool)
+    edges_rw.reshape(-1)[order[:n]] = True
+    return on_paths(graph, edges_rw)
+
+  fits, too_many = 0, len(order) + 1  # more edges are on paths of more
+  while too_many - fits > 1:
+    n = (fits + too_many) // 2
+    fits, too_many = (n, too_many) if largest(n).sum() <= n_edges else (fits, n)
+  kept_rw = largest(fits)
+  from_embedding_w, to_objective_r = _reached(graph, kept_rw)
+  joins_rw = ~kept_rw & from_embedding_w & to_objective_r[:, None]
+  kept_rw.reshape(-1)[order[joins_rw.reshape(-1)[order]][: n_edges - kept_rw.sum()]] = True
+  return kept_rw
+
+
+# Runs with edges cut
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+  """What all runs of a request share.
+
+  Attributes:
+    subject, prepared: the request.
+    graph: of its objective.
+    embedding: {'resid.post_emb': [token, d_model]} after the ablations, and the input of an SAE there.
+    counterfactual_wtd: what cut edges carry.
+    lot: runs that are computed together.
+  """
+
+  subject: Subject
+  prepared: engine.Prepared
+  graph: Graph
+  embedding: dict[str, Array]
+  counterfactual_wtd: Array
+  lot: int
+
+
+def setting(subject: Subject, prepared: engine.Prepared, counterfactual) -> Setting:
+  """Returns the setting of a request whose cut edges carry a `schema.Held`.
+
+  Raises:
+    ValueError: the counterfactual is a number but 0, or there is no such run.
+  """
+  model, question, n_tokens = subject.model, prepared.question, prepared.tokens_bt.shape[1]
+  graph = graph_of(model, question, tuple(prepared.saes))
+  if isinstance(counterfactual, schema.Value):
+    if counterfactual.value:
+      raise ValueError(f'what a cut edge carries is a vector, not {counterfactual.value}; give 0, or another run')
+    counterfactual_wtd = jnp.zeros((len(graph.writers), n_tokens, model.config.d_model))
+  else:
+    held = [schema.Ablation(kind='embedding', to=counterfactual)]
+    (donor,) = engine.held_by(subject, prepared.saes, held, prepared.n_tokens).donors
+    counterfactual_wtd = _writes(model, donor, n_tokens)
+  n_reads = graph.components[1][0].stop  # of a layer
+  numbers = (len(graph.writers) + 2 * n_reads) * n_tokens * model.config.d_model
+  lot = max(1, min(MAX_LOT, MAX_NUMBERS // numbers))
+  embedding = _embedding(model, prepared.saes, prepared.tokens_bt, prepared.held)
+  return Setting(subject, prepared, graph, embedding, counterfactual_wtd, lot)
+
+
+@functools.partial(jax.jit, static_argnames='n_tokens')
+def _writes(model, donor, n_tokens) -> Array:
+  """Returns what every writer writes in another run, or in the mean, [writer, token, d_model]."""
+  found = [donor['resid.post_emb'][None]]
+  for i, block in enumerate(model.h):
+    found += [_head_writes(block, donor[f'h.{i}.attn.v_out'][None])[0], donor[f'h.{i}.resid.delta_mlp'][None]]
+  return jnp.concatenate([jnp.broadcast_to(x, (len(x), n_tokens, x.shape[-1])).astype(jnp.float32) for x in found])
+
+
+def _head_writes(block, v_out_bthc):
+  kernel_hcd = block.attn.c_proj.kernel[...]
+  return jnp.einsum('bthc,hcd->bhtd', v_out_bthc, kernel_hcd, preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def _embedding(model, saes, tokens_bt, held):
+  edits = [*interventions.edits(held, model.config.n_layer, tuple(saes))]
+  edits += [sites.splice(site, sae, hold_error=False) for site, sae in saes.items()]
+  capture = ['resid.post_emb'] + ['resid.post_emb.input'] * ('resid.post_emb' in saes)
+  return {site: x[0] for site, x in sites.forward(model, tokens_bt, edits, capture=tuple(capture))[1].items()}
+
+
+@jax.jit
+def _start(embedding, counterfactual_wtd, question, share_b):
+  """Returns the stream [run, token, d] of embeddings that are a share the prompt's and the rest the counterfactual.
+
+  And the differences [run, writer, token, d] between writes and counterfactuals, of the embedding alone; and what the
+  objective may read of the embedding.
+  """
+  away_btd = (1 - share_b)[:, None, None] * (embedding['resid.post_emb'] - counterfactual_wtd[0])
+  x_btd = (embedding['resid.post_emb'] - away_btd).astype(embedding['resid.post_emb'].dtype)
+  shape = len(share_b), *counterfactual_wtd.shape
+  diffs_bwtd = jnp.zeros(shape, jnp.float32).at[:, 0].set(x_btd - counterfactual_wtd[0])
+  return x_btd, diffs_bwtd, {site: x[question.token] - away_btd[:, question.token] for site, x in embedding.items()}
+
+
+def _without(stream_btd, cut_brw, diffs_bwtd):
+  """Returns what each reader reads of the stream, [run, reader, token, d_model]."""
+  b, w, *shape = diffs_bwtd.shape
+  cut_brx = jnp.matmul(cut_brw, diffs_bwtd.reshape(b, w, -1))  # one run's differences or cuts may stand for all
+  return (stream_btd[:, None] - cut_brx.reshape(*cut_brx.shape[:2], *shape)).astype(stream_btd.dtype)
+
+
+def _read_by_heads(block, number, streams_brtd):
+  """Returns queries (number 0), keys (1) or values (2) [run, token, head, channel], each head's of its own stream.
+
+  The attention is cut into modules of one head each: all parameters that queries, keys and values are made of end in
+  [head, channel]; those of another number of heads are not used.
+  """
+  leaves, structure = jax.tree.flatten(block.attn)
+  is_mine = [x.ndim > 1 and x.shape[-2] == streams_brtd.shape[1] for x in leaves]
+  of_heads = [jnp.moveaxis(x[..., None, :], -3, 0) if mine else x for x, mine in zip(leaves, is_mine, strict=True)]
+  positions_bt = jnp.arange(streams_brtd.shape[2])[None]
+
+  def read(leaves, x_btd):
+    attn = jax.tree.unflatten(structure, leaves)
+    return attn.qkv(block.attn_ln(x_btd, sites.Tap()), positions_bt)[number][:, :, 0]
+
+  return jax.vmap(read, in_axes=([0 if mine else None for mine in is_mine], 1), out_axes=2)(of_heads, streams_brtd)
+
+
+def _layer(
+  block, saes, x_btd, diffs_bwtd, counterfactual_wtd, cut_brw, held, shifts, question, layer, n_head, numbers, live
+):
+  """Returns the stream [run, token, d] behind a layer, the differences, and what the objective may be read from.
+
+  Args:
+    block: the layer.
+    saes: {name within the layer: SAE}.
+    x_btd: the stream before it.
+    diffs_bwtd: differences between writes and counterfactuals, of the writers before.
+    counterfactual_wtd: of the layer's writers.
+    cut_brw: the layer's rows, and the objective's; 1 where an edge is cut.
+    held, shifts: the request's ablations, by names within the layer.
+    question: the objective.
+    layer: its number.
+    n_head: of the model.
+    numbers: of the SAEs, among all.
+    live: whether the differences are those of this run, to which the layer adds its own; else they are given.
+  """
+  own, n_kv = dict(zip(saes, numbers, strict=True)), block.attn.n_kv_head
+  *cut_heads, cut_mlp, cut_objective = jnp.split(cut_brw, np.cumsum([n_head, n_kv, n_kv, 1]), axis=1)
+  first = 1 + layer * (n_head + 1)
+
+  def with_heads(acts):
+    if not live:
+      return diffs_bwtd
+    heads_bhtd = _head_writes(block, acts['attn.v_out']) - counterfactual_wtd[:n_head]
+    heads_bhtd = jnp.where(acts['resid.delta_attn.is_live'][:, None], heads_bhtd, 0)
+    return jax.lax.dynamic_update_slice_in_dim(diffs_bwtd, heads_bhtd, first, axis=1)
+
+  def with_mlp(acts):
+    if not live:
+      return diffs_bwtd
+    mlp_b1td = (acts['resid.delta_mlp'] - counterfactual_wtd[n_head])[:, None]
+    return jax.lax.dynamic_update_slice_in_dim(with_heads(acts), mlp_b1td, first + n_head, axis=1)
+
+  def read_by_head(x, tap, number):
+    return _read_by_heads(block, number, _without(x_btd, cut_heads[number], diffs_bwtd))
+
+  def read_by_mlp(x, tap, linear):
+    stream_btd = _without(tap.acts['resid.post_attn'], cut_mlp, with_heads(tap.acts))[:, 0]
+    return linear('btd,dn->btn', block.mlp_ln(stream_btd, sites.Tap()))
+
+  def mark(x, tap):  # where the request holds the sum of the layer, heads write nothing
+    unheld = jnp.full_like(x, jnp.nan)
+    for edit in holds:
+      if edit.site == 'resid.delta_attn':
+        unheld = edit.fn(unheld, tap, *edit.args)
+    tap('is_live', jnp.isnan(unheld), 'batch token d_model')
+    return x
+
+  holds = interventions.layer_edits(held, layer, own)
+  edits = [sites.Edit('resid.delta_attn', mark)]
+  for number, name in enumerate('qkv'):
+    edits.append(sites.Edit(f'attn.{name}', functools.partial(read_by_head, number=number)))
+  linears = {'pre_act': block.mlp.c_fc, 'up': getattr(block.mlp, 'c_up', None)}
+  edits += [sites.Edit(f'mlp.{name}', functools.partial(read_by_mlp, linear=x)) for name, x in linears.items()]
+  edits += [*holds, *interventions.shift_edits(shifts, layer)]
+  edits += [sites.splice(name, sae, hold_error=False) for name, sae in saes.items()]
+  tap = sites.Tap(edits, capture=(*READ, *WRITTEN, *(f'{name}.input' for name in saes)))
+  out_btd = block(x_btd, tap)
+  picked = jax.vmap(lambda acts: objectives.picks(question, n_head, acts))(tap.acts)
+  for part, diffs in (('post_attn', with_heads(tap.acts)), ('post_mlp', with_mlp(tap.acts))):
+    cut_bd = jnp.matmul(cut_objective, diffs[:, :, question.token])[:, 0]
+    picked |= {name: x - cut_bd for name, x in picked.items() if name.startswith(f'resid.{part}')}
+  return out_btd, with_mlp(tap.acts), picked
+
+
+@functools.partial(jax.jit, static_argnames=('n_head', 'numbers'), donate_argnames='diffs_bwtd')
+def _forward_layer(block, saes, x_btd, diffs_bwtd, *args, n_head, numbers):
+  return _layer(block, saes, x_btd, diffs_bwtd, *args, n_head=n_head, numbers=numbers, live=True)
+
+
+@functools.partial(jax.jit, static_argnames=('n_head', 'numbers'))
+def _backward_layer(block, saes, x_btd, diffs_bwtd, counterfactual_wtd, cut_brw, *args, n_head, numbers, grads):
+  """Returns the gradients at the stream before a layer and at the cuts, from those of what `_layer` returns."""
+
+  def forward(x_btd, cut_brw):
+    found = _layer(
+      block, saes, x_btd, diffs_bwtd, counterfactual_wtd, cut_brw, *args, n_head=n_head, numbers=numbers, live=False
+    )
+    return found[0], found[2]
+
+  return jax.vjp(forward, x_btd, cut_brw)[1](grads)
+
+
+def _objectives(model, saes, question, x_btd, embedding, picked, diffs_bwtd, cut_b1w, reference):
+  """Returns the objective of each run [run]; what a trace does not pass through is held at the first reference."""
+  positions_k = question.positions_k
+  z_bkd = _without(x_btd[:, positions_k], cut_b1w, diffs_bwtd[:, :, positions_k])[:, 0]
+  embedding = {site: x - cut_b1w[:, 0, :1] * diffs_bwtd[:, 0, question.token] for site, x in embedding.items()}
+  live = {'attn.q': question.through[0], 'attn.k': question.through[1], 'attn.qk_probs': question.through.any()}
+  layers = [
+    own | {name: jnp.where(is_live, own[name], first[name][:1]) for name, is_live in live.items()}
+    for own, first in zip(picked, reference, strict=True)
+  ]
+  finish = lambda *rows: objectives.finish(question, model, saes, *rows)
+  return jax.vmap(finish)(model.ln_f(z_bkd, sites.Tap()), embedding, layers)
+
+
+_forward_objectives = jax.jit(_objectives)
+
+
+@jax.jit
+def _backward_objectives(model, saes, question, x_btd, embedding, picked, diffs_bwtd, cut_b1w, reference, weights_b):
+  """Returns the gradients of the weighted sum of the objectives at the streams, at what is picked, and at the cuts."""
+
+  def forward(x_btd, picked, cut_b1w):
+    return weights_b @ _objectives(model, saes, question, x_btd, embedding, picked, diffs_bwtd, cut_b1w, reference)
+
+  return jax.grad(forward, argnums=(0, 1, 2))(x_btd, picked, cut_b1w)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runs:
+  """A lot of runs.
+
+  Attributes:
+    objective_b: of each.
+    streams: before each layer, and behind the last, [run, token, d_model].
+    embedding, picked: what the objective may be read from, of the embedding and of each layer.
+    diffs_bwtd: what each writer wrote minus the counterfactual.
+  """
+
+  objective_b: Array
+  streams: list[Array]
+  embedding: dict[str, Array]
+  picked: list[dict[str, Array]]
+  diffs_bwtd: Array
+
+
+def _layers(s: Setting, cut_brw):
+  """Yields the arguments of each layer that all runs share: before the stream, and those behind the differences."""
+  model, p, n_head = s.subject.model, s.prepared, s.subject.model.config.n_head
+  numbers = {site: number for number, site in enumerate(p.saes)}
+  for i, block in enumerate(model.h):
+    own = {name: site for site in p.saes for layer, name in [objectives.split_site(site)] if layer == i}
+    rows = slice(s.graph.components[2 * i][0].start, s.graph.components[2 * i + 1][0].stop)
+    writers = slice(s.graph.components[2 * i][1].start, s.graph.components[2 * i + 1][1].stop)
+    cut_layer = np.concatenate([cut_brw[:, rows], cut_brw[:, -1:]], axis=1)
+    rest = s.counterfactual_wtd[writers], cut_layer, interventions.of_layer(p.held, i), p.shifts, p.question
+    statics = {'n_head': n_head, 'numbers': tuple(numbers[site] for site in own.values())}
+    yield (block, {name: p.saes[site] for name, site in own.items()}), (*rest, np.int32(i)), statics
+
+
+def run(s: Setting, cut_brw: np.ndarray, share_b: np.ndarray, reference: Runs | None = None) -> Runs:
+  """Returns runs with edges cut.
+
+  Args:
+    s: what they share.
+    cut_brw: float32, 1 where an edge is cut; between, what is read is in proportion.
+    share_b: float32, how much of the embedding is the prompt's, and the rest the counterfactual.
+    reference: whose first run is uncut; None: these.
+  """
+  x_btd, diffs_bwtd, embedding = _start(s.embedding, s.counterfactual_wtd, s.prepared.question, share_b)
+  streams, picked = [x_btd], []
+  for before, behind, statics in _layers(s, cut_brw):
+    x_btd, diffs_bwtd, found = _forward_layer(*before, x_btd, diffs_bwtd, *behind, **statics)
+    streams.append(x_btd)
+    picked.append(found)
+  uncut = picked if reference is None else reference.picked
+  objective_b = _forward_objectives(
+    *(s.subject.model, s.prepared.saes, s.prepared.question), x_btd, embedding, picked, diffs_bwtd, cut_brw[:, -1:], uncut
+  )
+  return Runs(objective_b, streams, embedding, picked, diffs_bwtd)
+
+
+def measure(
+  s: Setting, cuts: Iterable[np.ndarray], reference: Runs, progress: engine.Progress = engine.silent
+) -> np.ndarray:
+  """Returns the objectives of runs with the edges cut_rw of each cut, computed in lots.
+
+  Args:
+    s: what they share.
+    cuts: booleans or floats [reader, writer], one a run.
+    reference: whose first run is uncut.
+    progress: told the share that is done.
+  """
+  cuts, found = list(cuts), []
+  for begin in range(0, len(cuts), s.lot):
+    mine = cuts[begin : begin + s.lot]
+    cut_brw = np.zeros((s.lot, *s.graph.possible_rw.shape), np.float32)
+    cut_brw[: len(mine)] = mine
+    found.append(jax.device_get(run(s, cut_brw, np.ones(s.lot, np.float32), reference).objective_b)[: len(mine)])
+    progress(min(1.0, (begin + s.lot) / len(cuts)), f'cut {min(begin + s.lot, len(cuts))} of {len(cuts)}')
+  return np.concatenate(found)
+
+
+def scores(s: Setting, reference: Runs, steps: int, progress: engine.Progress = engine.silent) -> np.ndarray:
+  """Returns the estimated effect of every edge [reader, writer], positive where it pushes the objective up.
+
+  Edge attribution patching with integrated gradients (EAP-IG, eq. 4 of Hanna et al. 2024, with the sign turned): the
+  clean write minus the counterfactual one, times the gradient of the objective at the reader's input, through its norm,
+  summed over tokens; the gradient is averaged over runs whose input embeddings are (counterfactual + k / steps (clean -
+  counterfactual)), k = 1 ... steps. With one step it is the derivative of the objective by the edge itself (edge
+  attribution patching, Syed et al. 2023). Where the counterfactual is zero, the path begins at zero embeddings.
+
+  Args:
+    s: the setting.
+    reference: whose first run is uncut.
+    steps: points.
+    progress: told the share that is done.
+  """
+  model, p = s.subject.model, s.prepared
+  diffs_bwtd = reference.diffs_bwtd[:1]
+  zeros = np.zeros((s.lot, *s.graph.possible_rw.shape), np.float32)
+  points = np.arange(1, steps + 1, dtype=np.float32) / steps
+  slopes_rw = np.zeros(s.graph.possible_rw.shape)
+  for begin in range(0, steps, s.lot):
+    mine = points[begin : begin + s.lot]
+    share_b = np.pad(mine, (0, s.lot - len(mine)), constant_values=1)
+    weights_b = np.pad(np.full(len(mine), 1 / steps, np.float32), (0, s.lot - len(mine)))
+    found = run(s, zeros, share_b, reference)
+    grad_btd, grads, slope_11w = _backward_objectives(
+      *(model, p.saes, p.question, found.streams[-1], found.embedding, found.picked),
+      *(diffs_bwtd, zeros[:1, -1:], reference.picked, weights_b),
+    )
+    slopes_rw[-1:] += jax.device_get(slope_11w)[0]
+    layers = list(_layers(s, zeros[:1]))
+    for i in reversed(range(len(layers))):
+      before, behind, statics = layers[i]
+      grad_btd, slope_1rw = _backward_layer(
+        *before, found.streams[i], diffs_bwtd, *behind, **statics, grads=(grad_btd, grads[i])
+      )
+      *rows, last = jax.device_get(slope_1rw)[0]
+      slopes_rw[s.graph.components[2 * i][0].start :][: len(rows)] += rows
+      slopes_rw[-1] += last
+    progress(min(1.0, (begin + s.lot) / steps), 'scoring edges')
+  return np.where(s.graph.possible_rw, -slopes_rw, 0)
+
+
+def find(
+  subject: Subject, request: schema.CircuitRequest, progress: engine.Progress = engine.silent
+) -> schema.CircuitResponse:
+  """Returns a circuit of at most n_edges edges and what real ablation says of it, the largest |score| first.
+
+  The ablations of the request are there in all runs. Of a circuit of many edges the first 300 are cut in turn.
+
+  Raises:
+    ValueError: as `engine.prepare`; the counterfactual is a number but 0, or there is no such run.
+  """
+  prepared = engine.prepare(subject, request.request)
+  s = setting(subject, prepared, request.counterfactual)
+  possible_rw = s.graph.possible_rw
+  cut_brw = np.zeros((s.lot, *possible_rw.shape), np.float32)
+  reference = run(s, cut_brw, np.ones(s.lot, np.float32))
+  full = float(reference.objective_b[0])
+  progress(0.1, 'scoring edges')
+  scores_rw = scores(s, reference, request.steps, lambda share, what: progress(0.1 + 0.3 * share, what))
+  kept_rw = choose(s.graph, scores_rw, request.n_edges)
+  edges = np.argwhere(kept_rw)
+  edges = edges[np.argsort(-np.abs(scores_rw[kept_rw]), kind='stable')]
+  outside_rw = possible_rw & ~kept_rw
+  cuts = [possible_rw, outside_rw, kept_rw]
+  for r, w in edges[: MAX_MEASURED if request.minimality else 0]:
+    cuts.append(outside_rw.copy())
+    cuts[-1][r, w] = True
+  measured = measure(s, cuts, reference, lambda share, what: progress(0.4 + 0.6 * share, what))
+  empty, circuit, complement, *without = measured.tolist()
+  span = full - empty
+  lost = [circuit - x for x in without]
+  return schema.CircuitResponse(
+    request=request,
+    tokens=subject.tokens(prepared.tokens),
+    edges=[
+      schema.Edge(
+        writer=s.graph.writers[w],
+        reader=s.graph.readers[r],
+        score=float(scores_rw[r, w]),
+        measured=lost[i] if i < len(lost) else None,
+      )
+      for i, (r, w) in enumerate(edges)
+    ],
+    n_possible=int(possible_rw.sum()),
+    full=full,
+    empty=empty,
+    circuit=circuit,
+    complement=complement,
+    faithfulness=(circuit - empty) / span if span else None,
+    completeness=(full - complement) / span if span else None,
+    minimality=min(abs(x) for x in lost) / abs(span) if span and lost else None,
+  )
