@@ -412,9 +412,8 @@ def run(s: Setting, cut_brw: np.ndarray, share_b: np.ndarray, reference: Runs | 
     streams.append(x_btd)
     picked.append(found)
   uncut = picked if reference is None else reference.picked
-  objective_b = _forward_objectives(
-    *(s.subject.model, s.prepared.saes, s.prepared.question), x_btd, embedding, picked, diffs_bwtd, cut_brw[:, -1:], uncut
-  )
+  of = s.subject.model, s.prepared.saes, s.prepared.question
+  objective_b = _forward_objectives(*of, x_btd, embedding, picked, diffs_bwtd, cut_brw[:, -1:], uncut)
   return Runs(objective_b, streams, embedding, picked, diffs_bwtd)
 
 
