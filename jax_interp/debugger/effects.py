@@ -110,6 +110,7 @@ def run(
     traced_sae = jnp.where(traced, number, traced_sae)
     if '.resid.post' in f'.{site}':  # read from the stream as it was before the splice
       grad_td = jnp.where(traced, grads[f'{site}.input'][0], grad_td)
+      grads[site] = jnp.where(traced, grads[f'{site}.input'], grads[site])
   final_bias = objectives.final_bias(question, model, saes, acts, grads['resid.post_ln_f'][0])
   kept = lambda found, names: {site: found[site] for site in found if site.endswith(names)}
   return Run(

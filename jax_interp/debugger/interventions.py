@@ -136,14 +136,17 @@ def _hold(x, tap, held, layer_or_sae):
     mask, value = mask_and_value
     cell = held.cells[slot]
     inside = (cell[2] <= token) & (token < cell[3]) & (cell[4] <= source) & (source < cell[5])
-    inside &= (cell[6] <= component) & (component < cell[7]) & (cell[9] == 1)
-    inside &= (cell[0] == CODES[name]) & (cell[1] == layer_or_sae)
+    inside &= (cell[6] <= component) & (component < cell[7]) & (cell[9] == 1) & (cell[1] == layer_or_sae)
+    freed = jnp.zeros((), bool)
+    if name == 'attn.v_out':  # what a head read is held no more where its whole pattern is held later
+      freed = inside & (cell[0] == CODES['attn.qk_probs']) & (cell[5] == EVERYTHING)
+    inside &= cell[0] == CODES[name]
     inside &= (source <= token) if name == 'attn.qk_probs' else True  # what is attended to stays behind
     new = jnp.where(cell[8] < 0, held.values[slot], 0.0)
     for number, donor in enumerate(held.donors):
       if (site := tap.prefix[:-1]) in donor:
         new = jnp.where(cell[8] == number, donor[site].astype(jnp.float32), new)
-    return mask | inside, jnp.where(inside, new, value)
+    return (mask & ~freed) | inside, jnp.where(inside, new, value)
 
   n_used = held.cells[:, 9].sum()
   start = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32)

@@ -377,5 +377,5 @@ def is_linear(question: Question, sae_sites: tuple[str, ...]) -> bool:
   if question.kind == WRITE:
     return not question.through.any()
   if question.kind == LATENT:
-    return '.resid.post' in sae_sites[question.layer]
+    return '.resid.post' in f'.{sae_sites[question.layer]}'
   return question.kind in LINEAR

@@ -200,7 +200,8 @@ class Ablation(Strict):
 
   Of a head, a number replaces its attention pattern (0 switches it off: what it attends to is not renormalized); a
   mean and a value of another run replace what it reads, before its output matrix. Given a source, all of them act on
-  the pattern at that token pair.
+  the pattern at that token pair. A layer that is held hides what is done to its heads and neurons; a head whose
+  reading is held hides what is done to single pairs.
   """
 
   kind: Literal['head', 'neuron', 'latent', 'embedding', 'attn', 'mlp']
