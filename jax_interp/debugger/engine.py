@@ -103,8 +103,8 @@ def _asked(subject: Subject, prepared: Prepared, objective) -> Prepared:
     subject, objective, prepared.n_prompt, prepared.n_tokens, tuple(prepared.saes), prepared.tokens
   )
   if isinstance(objective, schema.HeadWrite):
-    if isinstance(objective.of, schema.HeadWrite | schema.AttentionLogit):
-      raise ValueError(f'a head cannot write for an objective of kind {objective.of.kind}; choose another')
+    if isinstance(objective.of, schema.HeadWrite):
+      raise ValueError('a head cannot write for an objective of kind head_write; choose another')
     of = _asked(subject, prepared, objective.of)
     if of.question.stream <= 2 * found.layer:
       raise ValueError(f'{objective.node.label} is not upstream of what it is to write for')

@@ -29,7 +29,8 @@ def _both_ends(scores_nv, n):
 
 @functools.partial(jax.jit, static_argnames='n')
 def _promoted(model, write_nd, n):
-  logits_nv = model.promoted_logits(write_nd)
+  # Through the norm's gain without its centring, as Transformer Debugger does; `promoted_logits` centres.
+  logits_nv = jnp.einsum('nd,vd->nv', write_nd * model.ln_f.gain[...], model.unembedding)
   return _both_ends(logits_nv - logits_nv.mean(1, keepdims=True), n)
 
 
