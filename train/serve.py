@@ -39,7 +39,7 @@ _MODEL = flags.DEFINE_string('model', 'embedded', "'embedded', 'smollm2', a fold
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', pretrained.DTYPES, 'Of parameters and activations.')
 _SAE = flags.DEFINE_list('sae', [], 'Folders of SAEs, WORKDIR/sae/final or SITE=FOLDER, with commas in between.')
 _RECORDS = flags.DEFINE_list('records', [], 'Workdirs of which records and explanations are shown.')
-_OTHER_MODEL = flags.DEFINE_string('other_model', None, 'A second model, with the same tokenizer, to compare with.')
+_OTHER_MODEL = flags.DEFINE_string('other_model', None, 'A second model, of the same sizes and tokenizer.')
 _SAMPLE = flags.DEFINE_string('sample', 'embedded', 'Text that means and resamples are of, as config.text.source.')
 _WARM = flags.DEFINE_list('warm', ['16', '32'], 'Lengths of prompts that are answered without compiling first.')
 
@@ -186,7 +186,7 @@ def _load_other(main: subject.Subject) -> subject.Subject | None:
   if pretrained.load_tokenizer(_OTHER_MODEL.value).get_vocab() != main.tokenizer.get_vocab():
     raise ValueError(f'{_OTHER_MODEL.value} has another tokenizer than {_MODEL.value}; give a model with the same')
   model = pretrained.load_model(_OTHER_MODEL.value, _DTYPE.value)
-  return subject.Subject(model, main.tokenizer, {}, main.sample_wt, _OTHER_MODEL.value)
+  return subject.Subject(model, main.tokenizer, main.saes, main.sample_wt, _OTHER_MODEL.value)
 
 
 def _tokenizer(main: subject.Subject) -> app.Tokenizer:

@@ -264,14 +264,14 @@ def test_the_embedded_model_is_debugged_over_http(workdir):
     assert [answer['request']['prompt'] for answer in alone] == prompts
     assert all(abs(answer['completeness']['residual']) < 1e-2 for answer in alone if answer['completeness']['exact'])
     assert list(pool.map(ask, asked * 5)) == alone * 5
-    request, node = asked[0], alone[0]['table']['nodes'][0]
+    request, neuron = asked[0], {'kind': 'neuron', 'token': -1, 'layer': 2, 'index': 5}
     latent = {'kind': 'latent', 'site': stubs.LATENTS, 'index': 1}
     for path, body in {
       'acts': {'prompt': prompts[0], **latent},
       'lens': latent,
       'compare': {'left': request | {'ablations': [{'kind': 'mlp', 'layer': 1}]}},
       'audit': {'request': request, 'n': 3, 'steps': 2},
-      'edges': {'request': request, 'to_node': node},
+      'edges': {'request': request, 'to_node': neuron},
       'qk': {'request': request, 'layer': 2, 'head': 1, 'token': -1, 'source': 0, 'n': 5},
       'circuit': {'request': request, 'n_edges': 5, 'steps': 2, 'minimality': False},
       'template': {'requests': [request, request]},
