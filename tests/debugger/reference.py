@@ -15,6 +15,7 @@ from jax_interp.debugger import schema
 
 STEP = 1e-6  # of central differences, relative to what is changed: errors of about 1e-9
 LOT = 256  # perturbed runs in memory together
+ATOL = 2e-6  # of float32 numbers of order 1; effects of single nodes are of order 0.01
 COLUMNS = 'activation', 'write_norm', 'direct_effect', 'total_effect'
 
 
@@ -144,12 +145,10 @@ def forward(model, tokens_t, saes: Mapping = {}, held: Mapping = {}, nudged: Map
     r = r + _array(model.wpe.embedding)[: len(tokens_t)]
   r = tap('resid.post_emb', r[None])
   for i, block in enumerate(model.h):
-    r = r + tap(
-      f'h.{i}.resid.delta_attn', attention(f'h.{i}.attn', block.attn, norm(f'h.{i}.attn_ln', block.attn_ln, r))
-    )
-    r = tap(f'h.{i}.resid.post_attn', r)
-    r = r + tap(f'h.{i}.resid.delta_mlp', mlp(f'h.{i}.mlp', block.mlp, norm(f'h.{i}.mlp_ln', block.mlp_ln, r)))
-    r = tap(f'h.{i}.resid.post_mlp', r)
+    for part, read in (('attn', attention), ('mlp', mlp)):
+      normed = norm(f'h.{i}.{part}_ln', getattr(block, f'{part}_ln'), r)
+      r = r + tap(f'h.{i}.resid.delta_{part}', read(f'h.{i}.{part}', getattr(block, part), normed))
+      r = tap(f'h.{i}.resid.post_{part}', r)
   acts['logits'] = norm('ln_f', model.ln_f, r) @ _array(model.unembedding).T
   return acts
 
@@ -183,9 +182,13 @@ class Reference:
     self.base = self._forward({})
     self.reading = self._reading(objective)
     self.objective = float(self.reading.of(self.base)[0])
+    self._all = {}
 
   def _forward(self, nudged):
     return forward(self.model, self.tokens, self.saes, self.held, nudged)
+
+  def _frozen(self, scales):
+    return {name: (lambda _, name=name: self.base[name]) for name in scales}
 
   def slope(self, site: str, delta: np.ndarray, frozen: tuple[str, ...] | None = None) -> np.ndarray:
     """Returns the derivatives [run] of the objective along each delta [run, ...] of the activation at a site.
@@ -195,9 +198,7 @@ class Reference:
       delta: by how much; as many runs.
       frozen: norm scales that are held at those of the base run; None: those that the definitions hold.
     """
-    held = {
-      name: (lambda _, name=name: self.base[name]) for name in (self.reading.scales if frozen is None else frozen)
-    }
+    held = self._frozen(self.reading.scales if frozen is None else frozen)
     found = []
     for lot in np.split(delta, range(LOT, len(delta), LOT)):
       up, down = (
@@ -208,7 +209,7 @@ class Reference:
 
   def after(self, site: str, delta: np.ndarray) -> np.ndarray:
     """Returns the objective [run] when each delta is really added, the scales that the definitions hold held."""
-    held = {name: (lambda _, name=name: self.base[name]) for name in self.reading.scales}
+    held = self._frozen(self.reading.scales)
     return np.broadcast_to(self.reading.of(self._forward(held | {site: lambda x: x + delta})), len(delta))
 
   # Objectives
@@ -335,7 +336,7 @@ class Reference:
 
   def write(self, node: schema.Node) -> np.ndarray:
     """Returns what a node adds to the residual stream, [token, d_model]."""
-    site, mine = self.part(node)
+    mine = self.part(node)[1]
     block = self.model.h[node.layer] if node.layer is not None else None
     if node.kind in ('head', 'head_token', 'head_total'):
       v_sc = self.base[f'h.{node.layer}.attn.v'][0, :, self._group(node)]
@@ -380,6 +381,12 @@ class Reference:
           found['write_norm'][i] = norm * (-1 if kind == 'neuron' and mine.sum() < 0 else 1)
     return found
 
+  def all_columns(self, kind: str) -> dict[str, np.ndarray]:
+    """Returns the columns of `nodes(kind)`, worked out once."""
+    if kind not in self._all:
+      self._all[kind] = self.columns(self.nodes(kind))
+    return self._all[kind]
+
   def nodes(self, kind: str) -> list[schema.Node]:
     """Returns all nodes of a kind that may be in a table: causal, and without those that an SAE stands for."""
     config, tokens, node = self.model.config, range(len(self.tokens)), schema.Node
@@ -409,10 +416,40 @@ class Reference:
     own = [node(kind=kind, site=site, token=t) for site in sorted(self.saes) for t in tokens]
     if kind == 'error':
       return own
-    parts = [
-      node(kind=kind, layer=i, site=part, token=t)
-      for i in range(config.n_layer)
-      for part in ('attn', 'mlp')
-      for t in tokens
-    ]
+    layers = [(i, part) for i in range(config.n_layer) for part in ('attn', 'mlp')]
+    parts = [node(kind=kind, layer=i, site=part, token=t) for i, part in layers for t in tokens]
     return parts + own if kind == 'bias' else parts
+
+
+def explained(trace: schema.Trace | None, objective):
+  """Returns the objective that a trace, if there is one, comes to."""
+  if trace is None:
+    return objective
+  if trace.through is None:
+    return schema.PreActivation(node=trace.node)
+  if trace.through in ('v', 'all'):
+    return schema.HeadWrite(node=trace.node, through=trace.through, of=explained(trace.downstream, objective))
+  return schema.AttentionLogit(node=trace.node, through=trace.through)
+
+
+def answer(subject, request: schema.Request, held: Mapping = {}) -> Reference:
+  """Returns the reference of a request; its ablations are given as `held`."""
+  tokens = subject.encode(request.prompt)
+  text = getattr(request.objective, 'text', '')
+  sites = sorted(subject.saes if request.saes is None else request.saes)
+  objective = explained(request.trace, request.objective)
+  return Reference(subject, objective, tokens + subject.tokenizer.encode(text), sites, held, len(tokens))
+
+
+def column(table: schema.Table, name: str) -> np.ndarray:
+  """Returns a column of a table, nan where it says None."""
+  return np.array([np.nan if x is None else x for x in getattr(table, name)])
+
+
+def assert_same(table: schema.Table, expected: Reference):
+  """Asserts that all four columns of a table are those of the reference.
+
+  They are float32 sums of up to a few hundred terms against float64, hence the tolerance; nan must be where nan is.
+  """
+  for name, values in expected.columns(table.nodes).items():
+    np.testing.assert_allclose(column(table, name), values, rtol=2e-4, atol=ATOL, err_msg=name)

@@ -1,4 +1,4 @@
-"""Small subjects for the debugger's tests: models of both families, untrained SAEs at every kind of site, a tokenizer."""
+"""Small subjects for the debugger's tests: both families, untrained SAEs at all kinds of site, a tokenizer."""
 
 import numpy as np
 
