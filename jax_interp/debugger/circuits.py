@@ -122,8 +122,9 @@ def on_paths(graph: Graph, edges_rw: np.ndarray) -> np.ndarray:
 def choose(graph: Graph, scores_rw: np.ndarray, n_edges: int) -> np.ndarray:
   """Returns a circuit of at most n_edges edges, each on a path from the embedding to the objective, as a mask [r, w].
 
-  It is as many as possible of the edges of the largest |score|, in order, without those that are on no path of them;
-  what is left of the budget goes to the largest that join what these paths reach, each of which is then on one.
+  It is the edges of the largest |score|, in order, until as many as the budget lie on paths of them; where the last of
+  them joins more, the smallest are left out again, but for those without which too many others would be on no path.
+  What is left of the budget after all goes to the largest between what these paths reach.
   """
   possible = np.flatnonzero(graph.possible_rw)
   order = possible[np.argsort(-np.abs(scores_rw.reshape(-1)[possible]), kind='stable')]
@@ -133,11 +134,21 @@ def choose(graph: Graph, scores_rw: np.ndarray, n_edges: int) -> np.ndarray:
     edges_rw.reshape(-1)[order[:n]] = True
     return on_paths(graph, edges_rw)
 
-  fits, too_many = 0, len(order) + 1  # more edges are on paths of more
-  while too_many - fits > 1:
-    n = (fits + too_many) // 2
-    fits, too_many = (n, too_many) if largest(n).sum() <= n_edges else (fits, n)
-  kept_rw = largest(fits)
+  def without(kept_rw, edge):
+    edges_rw = kept_rw.copy()
+    edges_rw.reshape(-1)[edge] = False
+    return on_paths(graph, edges_rw)
+
+  too_few, n = 0, len(order)  # more edges are on paths of more
+  while n - too_few > 1:
+    half = (n + too_few) // 2
+    too_few, n = (half, n) if largest(half).sum() < n_edges else (too_few, half)
+  kept_rw = largest(n)
+  smallest = [edge for edge in order[n - 1 :: -1] if kept_rw.reshape(-1)[edge]]
+  for fewest in (n_edges, 0):  # where none can be left out without leaving too few, too few are left
+    for edge in smallest:
+      if kept_rw.sum() > n_edges and kept_rw.reshape(-1)[edge] and without(kept_rw, edge).sum() >= fewest:
+        kept_rw = without(kept_rw, edge)
   from_embedding_w, to_objective_r = _reached(graph, kept_rw)
   joins_rw = ~kept_rw & from_embedding_w & to_objective_r[:, None]
   kept_rw.reshape(-1)[order[joins_rw.reshape(-1)[order]][: n_edges - kept_rw.sum()]] = True
