@@ -293,7 +293,7 @@ def answer(
     request=request,
     tokens=subject.tokens(prepared.tokens),
     objective=objective,
-    unedited=value(subject, unablated(prepared)) if ablated else None,
+    unedited=_unedited(subject, request) if ablated else None,
     traced_activation=objective if request.trace else None,
     table=tabulate(nodes, described),
     completeness=analysis.found.completeness,
@@ -408,10 +408,8 @@ def pinned_tokens(subject: Subject, objective) -> list[int]:
   return list(dict.fromkeys(subject.token(text) for text in texts))
 
 
-def unablated(prepared: Prepared) -> Prepared:
-  """Returns the request without ablations."""
-  held = interventions.Held(np.zeros_like(prepared.held.cells), np.zeros_like(prepared.held.values))
-  return dataclasses.replace(prepared, held=held, shifts=None)
+def _unedited(subject, request) -> float:
+  return value(subject, prepare(subject, request.model_copy(update={'ablations': [], 'edge_ablations': []})))
 
 
 @jax.jit
