@@ -236,7 +236,7 @@ def audit(
   if wrong := [node for node in asked if node.kind not in ABLATABLE]:
     raise ValueError(f'{wrong[0].label} cannot be audited; {", ".join(ABLATABLE)} can')
   nodes = list(dict.fromkeys([*asked, *(node for node in listed if node.kind in ABLATABLE)]))
-  described = jax.device_get(effects.describe(subject.model, prepared.saes, run, nodes))
+  described = effects.describe(subject.model, prepared.saes, run, nodes)
   order = np.argsort(-np.abs(described.total_effect), kind='stable')
   order = [i for i in order if i < len(asked)] + [i for i in order if i >= len(asked)]
   order = np.array(order[: max(request.n, len(asked))], int)

@@ -2,7 +2,6 @@
 
 import time
 
-import jax
 import numpy as np
 
 from jax_interp.debugger import effects, engine, schema
@@ -87,10 +86,7 @@ def template(
       )
   nodes = list(dict.fromkeys(node for analysis in analyses for node in analysis.nodes))
   progress(0.8, 'averaging')
-  columns = [
-    jax.device_get(effects.describe(subject.model, analysis.prepared.saes, analysis.run, nodes))
-    for analysis in analyses
-  ]
+  columns = [effects.describe(subject.model, analysis.prepared.saes, analysis.run, nodes) for analysis in analyses]
   found = {}
   for name in ('direct', 'total'):
     values_pn = np.stack([getattr(column, f'{name}_effect') for column in columns]).astype(np.float64)

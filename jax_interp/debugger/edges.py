@@ -182,7 +182,7 @@ def _into(subject, prepared, run, request):
     nodes = [_writer(subject, prepared, request)]
     if not _is_upstream(nodes[0], saes, stream, traced_sae):
       raise ValueError(f'{nodes[0].label} is not upstream of {node.label}')
-  direct = jax.device_get(effects.describe(model, saes, local, nodes).direct_effect)
+  direct = effects.describe(model, saes, local, nodes).direct_effect
   return [(found, node, request.through, x) for found, x in zip(nodes, direct, strict=True) if x or request.from_node]
 
 
@@ -322,15 +322,15 @@ def qk(subject: Subject, request: schema.QKRequest, progress: engine.Progress = 
   nodes = own[0] + own[1]
   write_nd = effects.describe(model, prepared.saes, run, nodes).write_nd
   positions = np.array([found.token for found in nodes])
-  scale_n1 = run.acts[f'h.{layer}.attn_ln.scale'][0, positions]
+  scale_n1 = jax.device_get(run.acts[f'h.{layer}.attn_ln.scale'])[0, positions]
   n_q, group = len(own[0]), node.index // (model.config.n_head // model.h[0].attn.n_kv_head)
   size = -len(nodes) % 64  # few sizes are compiled
   padded = lambda x: np.concatenate([x, np.repeat(x[:1], size, 0)])
   q, k, shift_q, shift_k = jax.device_get(
     _sides(
       model.h[layer],
-      padded(jax.device_get(write_nd)),
-      padded(jax.device_get(scale_n1)),
+      padded(write_nd),
+      padded(scale_n1),
       padded(positions),
       np.array([node.token, node.source]),
     )
@@ -342,8 +342,7 @@ def qk(subject: Subject, request: schema.QKRequest, progress: engine.Progress = 
     for found, name, token in zip(own, 'qk', (node.token, node.source), strict=True)
   ]
   pairs = q_nc @ k_nc.T * q_nc.shape[1] ** -0.5
-  logits_hts = _logit(model.h[layer], _stream(run, 2 * layer), np.array([node.index, node.token, node.source]))
-  logit = float(logits_hts)
+  logit = float(_logit(model.h[layer], _stream(run, 2 * layer), np.array([node.index, node.token, node.source])))
   order = np.argsort(-np.abs(pairs), axis=None, kind='stable')[: request.n]
   rows, columns = np.unravel_index(order, pairs.shape)
   side = lambda nodes, effects: schema.QKSide(nodes=nodes, effects=effects.tolist())

@@ -210,7 +210,7 @@ def groups(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> dict[objec
 
 
 def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> Described:
-  """Returns nodes in a run, in their order.
+  """Returns nodes in a run, in their order, on the host: on a device, each number of nodes would be compiled for.
 
   Write vectors: of a neuron activation times its row of the output matrix; of a head at a pair probability times value
   through the output matrix; of a latent activation times its row of the decoder, undone by the SAE's norm
@@ -226,10 +226,12 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
     else:
       upstream = [is_upstream(run, saes, f'h.{key}.resid.delta_{part}') for part in PARTS]
       described = _describe_layer(model.h[key], *layer_acts(run, key), run, *upstream, rows)
-    found.append(jax.tree.map(operator.itemgetter(slice(len(mine))), described))
-    numbers += mine
-  order = np.argsort(numbers)
-  return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *found)
+    found.append(described)
+    numbers.append(mine)
+  cut = lambda mine, described: jax.tree.map(operator.itemgetter(slice(len(mine))), described)
+  found = [cut(mine, described) for mine, described in zip(numbers, jax.device_get(found), strict=True)]
+  order = np.argsort(np.concatenate(numbers))
+  return jax.tree.map(lambda *x: np.concatenate(x)[order], *found)
 
 
 def layer_acts(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -141,13 +141,16 @@ def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.Edg
     so_far = dataclasses.replace(prepared, shifts=interventions.Shifts(layers.copy(), deltas))
     found = run(subject, _asked(subject, so_far, schema.Entropy()))
     write_nd = effects.describe(subject.model, prepared.saes, found, nodes).write_nd
-    stream_td = found.acts[objectives.stream_site(2 * layer)][0]
+    stream_td = jax.device_get(found.acts[objectives.stream_site(2 * layer)][0])
     layers[slot] = layer
-    for name, head in {(ablation.into, ablation.head) for ablation in mine}:
-      chosen = np.array([i for i, ablation in enumerate(mine) if (ablation.into, ablation.head) == (name, head)])
-      tokens = np.array([nodes[i].token for i in chosen])
-      changed_td = stream_td.at[tokens].add(-write_nd[chosen])
-      group = head if name == 'q' else head // (config.n_head // n_kv)
+    # Heads that share a key or value have it changed together.
+    group_of = lambda ablation: ablation.head // (1 if ablation.into == 'q' else config.n_head // n_kv)
+    taken = {}
+    for i, ablation in enumerate(mine):
+      taken.setdefault((ablation.into, group_of(ablation)), {})[nodes[i]] = i  # a node once
+    for (name, group), chosen in taken.items():
+      changed_td = stream_td.copy()
+      np.subtract.at(changed_td, [node.token for node in chosen], write_nd[list(chosen.values())])
       delta_thc = _qkv_change(subject.model.h[layer], stream_td, changed_td)['qkv'.index(name)]
       deltas[name][slot, :, group] = jax.device_get(delta_thc[:, group])
   return interventions.Shifts(layers, deltas)
@@ -394,9 +397,8 @@ def tabulate(nodes: list[schema.Node], described: effects.Described | None) -> s
   """Returns a table of nodes; `described` is None if there are none."""
   if not nodes:
     return schema.Table(nodes=[], **{name: [] for name in COLUMNS})
-  columns = jax.device_get({name: getattr(described, name) for name in COLUMNS})
   numbers = lambda x_n: [None if np.isnan(x) else float(x) for x in x_n]
-  return schema.Table(nodes=nodes, **{name: numbers(columns[name]) for name in COLUMNS})
+  return schema.Table(nodes=nodes, **{name: numbers(getattr(described, name)) for name in COLUMNS})
 
 
 COLUMNS = 'activation', 'write_norm', 'direct_effect', 'total_effect'

@@ -41,7 +41,7 @@ def _exciting(model, reads_nd, n):
 
 def _in_lots(function, model, rows_nd, n: int, n_rows: int):
   """Returns `function` of all rows, lot by lot, on the host."""
-  rows_nd = jnp.pad(rows_nd, ((0, -len(rows_nd) % LOT), (0, 0)))
+  rows_nd = np.pad(rows_nd, ((0, -len(rows_nd) % LOT), (0, 0)))
   found = [function(model, rows_nd[i : i + LOT], n) for i in range(0, n_rows, LOT)]
   indices, values = zip(*jax.device_get(found), strict=True)
   return np.concatenate(indices, 1)[:, :n_rows], np.concatenate(values, 1)[:, :n_rows]
@@ -83,7 +83,7 @@ def mlp_acts(block, normed_d, out: bool) -> jax.Array:
   return delta_btd[0, 0] if out else tap.acts['post_act'][0, 0]
 
 
-def excited(model, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, jax.Array]:
+def excited(model, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, np.ndarray]:
   """Returns {number of the node: gradient [d_model] of its pre-activation} of neurons and latents of MLPs."""
   found = {}
   mine = {i: node for i, node in enumerate(nodes) if node.kind in ('neuron', 'latent')}
@@ -97,7 +97,7 @@ def excited(model, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]
       reads_nd = _latent_reads(model, saes[key], key, stream_td, scale_t1, rows.token, rows.index)
     else:
       reads_nd = _neuron_reads(model.h[layer], scale_t1, rows)
-    numbers = list(mine)
+    numbers, reads_nd = list(mine), jax.device_get(reads_nd)
     found |= {numbers[place]: reads_nd[i] for i, place in enumerate(places)}
   return found
 
@@ -150,7 +150,7 @@ def node_tokens(
   reads = excited(model, saes, run, nodes)
   order = {row: place for place, row in enumerate(reads)}
   if reads:
-    read_indices, read_values = _in_lots(_exciting, model, jnp.stack(list(reads.values())), n, len(reads))
+    read_indices, read_values = _in_lots(_exciting, model, np.stack(list(reads.values())), n, len(reads))
   attributions = attributed(model, saes, run, nodes)
   rows = []
   for row in range(len(nodes)):
