@@ -223,7 +223,7 @@ def _out(subject, prepared, run, request, progress):
   node, frozen = _writer(subject, prepared, request), np.bool_(request.frozen)
   write_d = effects.describe(model, saes, run, [node]).write_nd[0]
   write_td = jnp.zeros_like(run.grad_td).at[node.token].set(write_d)
-  begin, n, t = written(node, saes), request.n, run.grad_td.shape[0]
+  begin, n, t = written(node, saes), effects.lot_of(request.n), run.grad_td.shape[0]
   n_head, n_neurons = model.config.n_head, model.config.n_neurons
   found = []
   for i, block in enumerate(model.h):
@@ -247,7 +247,7 @@ def _out(subject, prepared, run, request, progress):
     for index, x in zip(zip(*np.unravel_index(indices, shape), strict=True), values, strict=True):
       rows.append((_reader_node(kind, where, tuple(int(i) for i in index)), through, float(x)))
   rows = sorted((row for row in rows if row[2] and row[0].token < prepared.n_tokens), key=lambda row: -abs(row[2]))
-  return [(node, reader, through, x) for reader, through, x in rows[:n]]
+  return [(node, reader, through, x) for reader, through, x in rows[: request.n]]
 
 
 def _reader_node(kind, where, index) -> schema.Node:

@@ -24,6 +24,7 @@ from models import sites
 KINDS = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'bias', 'error', 'head_total', 'layer')
 BLOCK = 256  # how many numbers are compared by their largest first, when the largest of many are sought
 ROWS = (16, 64, 256, 1024)  # nodes of a layer are described in lots of one of these sizes
+LOTS = (10, 30, 100, 300, 1000)  # as many of the largest are sought, so that few numbers are compiled
 PARTS = ('attn', 'mlp')  # of a layer
 STREAMS = ('post_attn', 'post_mlp', '_ln.scale')
 
@@ -337,6 +338,11 @@ def head_reads(block, grad_td) -> Array:
 # Finding nodes
 
 
+def lot_of(n: int) -> int:
+  """Returns the smallest of LOTS that holds n."""
+  return next(lot for lot in LOTS if lot >= n)
+
+
 def largest(x: Array, k: int) -> Array:
   """Returns the flat indices of the k largest; the earlier of equal ones.
 
@@ -482,7 +488,7 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
     k: at most 100.
     exact: see `schema.Completeness`.
   """
-  lot = next(n for n in (10, 30, 100) if n >= k)  # compiled for these alone
+  lot = lot_of(k)
   n_tokens, sae_sites = int(run.n_tokens), tuple(saes)
   layers = [_layer(model, saes, run, i, lot) for i in range(model.config.n_layer)]
   own = {

@@ -40,11 +40,12 @@ def _exciting(model, reads_nd, n):
 
 
 def _in_lots(function, model, rows_nd, n: int, n_rows: int):
-  """Returns `function` of all rows, lot by lot, on the host."""
+  """Returns `function` of all rows, lot by lot, on the host; n numbers at each end."""
   rows_nd = np.pad(rows_nd, ((0, -len(rows_nd) % LOT), (0, 0)))
-  found = [function(model, rows_nd[i : i + LOT], n) for i in range(0, n_rows, LOT)]
+  lot = effects.lot_of(n)
+  found = [function(model, rows_nd[i : i + LOT], lot) for i in range(0, n_rows, LOT)]
   indices, values = zip(*jax.device_get(found), strict=True)
-  return np.concatenate(indices, 1)[:, :n_rows], np.concatenate(values, 1)[:, :n_rows]
+  return np.concatenate(indices, 1)[:, :n_rows, :n], np.concatenate(values, 1)[:, :n_rows, :n]
 
 
 def _tokens(subject: Subject, indices, values) -> schema.Tokens:
@@ -145,7 +146,6 @@ def node_tokens(
   if not n or not nodes:
     return []
   model = subject.model
-  n = min(n, model.config.n_vocab)
   indices, values = _in_lots(_promoted, model, described.write_nd, n, len(nodes))
   reads = excited(model, saes, run, nodes)
   order = {row: place for place, row in enumerate(reads)}
@@ -234,17 +234,17 @@ def lens(subject: Subject, request: schema.LensRequest, progress=None) -> schema
   """
   node = schema.Node(kind=request.kind, layer=request.layer, site=request.site, index=request.index, token=0)
   node = objectives.check_node(subject, node, 1, tuple(subject.saes), (request.kind,))
-  model, n = subject.model, min(request.n, subject.model.config.n_vocab)
+  model, n, lot = subject.model, request.n, effects.lot_of(request.n)
   sae = subject.saes.get(node.site)
   site = f'h.{node.layer}.mlp.post_act' if sae is None else node.site
   index = np.int32(node.index)
-  ends = jax.device_get(_promoted(model, unit_write(model, sae, site, index), n))
-  lists = [_tokens(subject, ends[0][end, 0], ends[1][end, 0]) for end in (0, 1)]
+  ends = jax.device_get(_promoted(model, unit_write(model, sae, site, index), lot))
+  lists = [_tokens(subject, ends[0][end, 0, :n], ends[1][end, 0, :n]) for end in (0, 1)]
   inputs = [None, None]
   layer, name = objectives.split_site(site)
   if name in ('mlp.post_act', 'resid.delta_mlp'):
-    ends = jax.device_get(_both_ends(_alone(model, sae, layer, name, index)[None], n))
-    inputs = [_tokens(subject, ends[0][end, 0], ends[1][end, 0]) for end in (0, 1)]
+    ends = jax.device_get(_both_ends(_alone(model, sae, layer, name, index)[None], lot))
+    inputs = [_tokens(subject, ends[0][end, 0, :n], ends[1][end, 0, :n]) for end in (0, 1)]
   return schema.LensResponse(
     request=request, promoted=lists[0], suppressed=lists[1], excited_by=inputs[0], inhibited_by=inputs[1]
   )
