@@ -224,9 +224,9 @@ def _info(
 
 
 def _scorer(stack: contextlib.ExitStack, choice: backends.Choice, found: catalog.Catalog) -> scoring.Scorer | None:
-  memory = pathlib.Path(_RECORDS.value[0]) / 'llm_answers' if _RECORDS.value else None
-  if choice.name and memory is None:
-    raise ValueError('--llm_backend scores explanations of recorded components; give their workdir by --records')
+  if not choice.name:
+    return None
+  memory = pathlib.Path(_RECORDS.value[0]) / 'llm_answers'
   llms = stack.enter_context(backends.language_models(choice, memory))
   prices = _LLM_PROMPT.value, _LLM_COMPLETION.value
   return scoring.Scorer(llms[0], found, _LLM_BUDGET.value, prices) if llms else None
@@ -266,9 +266,12 @@ def _serve(stack: contextlib.ExitStack, workers: list[jobs.Worker]):
       '--host out'
     )
   _check_names()
-  lengths = [int(n) for n in _WARM.value]
+  if wrong := [n for n in _WARM.value if not n.isdecimal() or int(n) < 1]:
+    raise ValueError(f'--warm={wrong[0]} is no number of tokens; give some such as 16,32')
   bound = stack.enter_context(_bind())
   choice = backends.choose(_LLM_BACKEND.value, _LLM_MODEL.value, _LLM_GGUF.value)
+  if choice.name and not _RECORDS.value:
+    raise ValueError('--llm_backend scores explanations of recorded components; give their workdir by --records')
   mesh = sharding.make_mesh()
   jax.set_mesh(mesh)
   record_sets = _record_sets()
@@ -284,7 +287,7 @@ def _serve(stack: contextlib.ExitStack, workers: list[jobs.Worker]):
   )
   worker = jobs.Worker(limits.waiting, limits.seconds, lambda: jax.set_mesh(mesh))
   workers += worker, jobs.Worker(limits.waiting, limits.seconds)
-  worker.submit(lambda progress: engine.warm(main, lengths)).future.result()
+  worker.submit(lambda progress: engine.warm(main, [int(n) for n in _WARM.value])).future.result()
   application = app.create(
     endpoints(main, other),
     worker,

@@ -105,7 +105,7 @@ def _acts(prompt: str) -> dict:
     ({'allow_origin': '*'}, '--allow_origin=* is no origin'),
     ({'allow_origin': 'https://a.example/path'}, 'is no origin'),
     ({'allow_host': '*.example'}, '--allow_host=*.example is no name'),
-    ({'warm': 'long'}, 'long'),
+    ({'warm': '16,long'}, '--warm=long is no number of tokens'),
     ({'config': 'configs/tiny.py'}, '--config is for the stages'),
     ({'workdir': 'runs/tiny'}, '--workdir is for the stages'),
     ({'records': 'nowhere'}, 'nowhere/records has no config.json'),
