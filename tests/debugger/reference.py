@@ -137,7 +137,7 @@ def forward(model, tokens_t, saes: Mapping = {}, held: Mapping = {}, nudged: Map
     if hasattr(layer, 'c_up'):
       m = p / (1 + np.exp(-p)) * _linear(layer.c_up, 'btd,dn->btn', x)
     else:
-      m = p / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (p + 0.044715 * p**3)))
+      m = p / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (p + 0.044715 * p * p * p)))
     return _linear(layer.c_proj, 'btn,nd->btd', tap(f'{name}.post_act', m))
 
   r = _array(model.wte.embedding)[list(tokens_t)]
