@@ -4,13 +4,14 @@ Takes config.debug and a model; prints tables, and leaves workdir/debug/answer.j
 heads.png, what each attention head really does: the objective without its ablation minus with it.
 """
 
+import dataclasses
 import string
 
 import numpy as np
 from matplotlib import figure
 
 from jax_interp import store
-from jax_interp.debugger import circuits, compare, engine, schema, subject
+from jax_interp.debugger import circuits, compare, engine, interventions, schema, subject
 from train import command
 
 KINDS = 'head_token', 'neuron', 'layer'  # that are printed
@@ -66,13 +67,15 @@ def measured_heads(debugged: subject.Subject, requests, found) -> np.ndarray:
   with command.progress(None, len(requests) * effects_lh.size, 'train.debug: heads', 'ablations') as bar:
     for request, one in zip(requests, found, strict=True):
       clean = engine.value(debugged, engine.prepare(debugged, request))
-      held = schema.OtherPrompt(prompt=one['counterfactual'])
+      to = schema.OtherPrompt(prompt=one['counterfactual'])
+      ablation = schema.Ablation(kind='head', layer=0, index=0, to=to)
+      ablated = engine.prepare(debugged, request.model_copy(update={'ablations': [ablation]}))
       for layer, head in np.ndindex(effects_lh.shape):
         if command.stopping():
           raise command.Stopped('nothing is saved: run the same command again')
-        ablation = schema.Ablation(kind='head', layer=layer, index=head, to=held)
-        ablated = engine.prepare(debugged, request.model_copy(update={'ablations': [ablation]}))
-        effects_lh[layer, head] += (clean - engine.value(debugged, ablated)) / len(requests)
+        held = interventions.moved(ablated.held, layer, head)
+        lost = clean - engine.value(debugged, dataclasses.replace(ablated, held=held))
+        effects_lh[layer, head] += lost / len(requests)
         bar.update()
   return effects_lh
 

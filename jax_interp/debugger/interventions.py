@@ -96,6 +96,13 @@ def held(
   return Held(cells, values, tuple(donor_of(to) for to in donors))
 
 
+def moved(held: Held, layer: int, index: int) -> Held:
+  """Returns the ablations with the first, of one head or neuron, moved to another: for many of them in turn."""
+  cells = held.cells.copy()
+  cells[0, 1], cells[0, 6:8] = layer, _range(index)
+  return dataclasses.replace(held, cells=cells)
+
+
 def _range(index):
   return (0, EVERYTHING) if index is None else (index, index + 1)
 
