@@ -69,6 +69,8 @@ def traced(trace: schema.Trace, objective):
   if trace.through is None:
     raise ValueError(f'{trace.node.label} is a head; trace through q, k, qk, v or all')
   of = objective if trace.downstream is None else traced(trace.downstream, objective)
+  if isinstance(of, schema.HeadWrite):
+    raise ValueError('a head cannot write for what another head writes; choose another objective or downstream node')
   return schema.HeadWrite(node=trace.node, through=trace.through, of=of)
 
 
@@ -103,8 +105,6 @@ def _asked(subject: Subject, prepared: Prepared, objective) -> Prepared:
     subject, objective, prepared.n_prompt, prepared.n_tokens, tuple(prepared.saes), prepared.tokens
   )
   if isinstance(objective, schema.HeadWrite):
-    if isinstance(objective.of, schema.HeadWrite):
-      raise ValueError('a head cannot write for an objective of kind head_write; choose another')
     of = _asked(subject, prepared, objective.of)
     if of.question.stream <= 2 * found.layer:
       raise ValueError(f'{objective.node.label} is not upstream of what it is to write for')
@@ -281,6 +281,8 @@ def analyse(subject: Subject, request: schema.Request) -> Analysis:
   found_run = run(subject, prepared)
   exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
   found = effects.find(subject.model, prepared.saes, found_run, request.k, exact)
+  if not np.isfinite(found.completeness.objective):
+    raise ValueError('the numbers of this run are not finite; hold activations at smaller values')
   return Analysis(prepared, found_run, found, list(dict.fromkeys([*asked, *found.nodes])))
 
 
@@ -397,6 +399,8 @@ def tabulate(nodes: list[schema.Node], described: effects.Described | None) -> s
   """Returns a table of nodes; `described` is None if there are none."""
   if not nodes:
     return schema.Table(nodes=[], **{name: [] for name in COLUMNS})
+  if any(np.isinf(x_n).any() for x_n in columns.values()):
+    raise ValueError('effects of this run are not finite; hold activations at smaller values')
   numbers = lambda x_n: [None if np.isnan(x) else float(x) for x in x_n]
   return schema.Table(nodes=nodes, **{name: numbers(getattr(described, name)) for name in COLUMNS})
 

@@ -15,7 +15,7 @@ NODE_KINDS = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'bias', 'er
 TokenText = Annotated[str, Field(max_length=200)]
 Position = Annotated[int, Field(ge=-(2**20), le=2**20)]
 Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]  # what float32 can hold
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]  # whose squares float32 can sum
 Site = Annotated[str, Field(max_length=100)]
 Prompt = Annotated[str, Field(min_length=1, max_length=200_000)]
 
@@ -85,7 +85,7 @@ class Continuation(Strict):
   """Log-probability, in nats, of a text of up to 16 tokens behind the prompt; the tokens join the prompt."""
 
   kind: Literal['continuation'] = 'continuation'
-  text: Annotated[str, Field(min_length=1, max_length=1000)]
+  text: Annotated[str, Field(min_length=1, max_length=1000)] = Field(description='Read as it stands behind the prompt.')
 
 
 class KL(Strict):
@@ -107,7 +107,7 @@ class Projection(Strict):
 
   kind: Literal['projection'] = 'projection'
   site: Site = Field(description="'resid.post_emb', or 'h.5.resid.post_attn', 'h.5.resid.post_mlp'.")
-  token: Position = -1
+  token: Position = Field(-1, description='Where it is read.')
   direction: list[Number] = Field(min_length=1, max_length=65536, description='d_model numbers.')
 
 
@@ -126,28 +126,22 @@ class AttentionLogit(Strict):
   through: Literal['q', 'k', 'qk'] = Field('qk', description='What may vary: queries, keys or both.')
 
 
+Read = Annotated[
+  LogitDifference | LogProbability | Continuation | KL | Entropy | Projection | PreActivation | AttentionLogit,
+  Field(discriminator='kind'),
+]
+
+
 class HeadWrite(Strict):
   """What a head moves from one token to another, projected on the direction that `of` reads there."""
 
   kind: Literal['head_write'] = 'head_write'
   node: Node = Field(description='A head at a token pair.')
   through: Literal['v', 'all'] = Field('v', description='v: the attention is held. all: queries and keys vary too.')
-  of: 'Objective' = Field(description='What the head writes for: any objective but another head_write.')
+  of: Read = Field(description='What the head writes for.')
 
 
-Objective = Annotated[
-  LogitDifference
-  | LogProbability
-  | Continuation
-  | KL
-  | Entropy
-  | Projection
-  | PreActivation
-  | AttentionLogit
-  | HeadWrite,
-  Field(discriminator='kind'),
-]
-HeadWrite.model_rebuild()
+Objective = Annotated[Read | HeadWrite, Field(discriminator='kind')]
 
 
 class Trace(Strict):
@@ -161,6 +155,12 @@ class Trace(Strict):
     None, description="Through v or all: the node that the head's write is read by; None: the request's objective."
   )
 
+  @pydantic.model_validator(mode='after')
+  def _is_shallow(self):
+    if self.downstream is not None and self.downstream.downstream is not None:
+      raise ValueError('what is downstream of a head is traced as a whole; leave its own downstream out')
+    return self
+
 
 # Ablations
 
@@ -169,7 +169,7 @@ class Value(Strict):
   """Holds at a number."""
 
   kind: Literal['value'] = 'value'
-  value: Number = 0.0
+  value: Number = Field(0.0, description='In the units of the activation.')
 
 
 class Mean(Strict):
@@ -182,14 +182,14 @@ class OtherPrompt(Strict):
   """Holds at the value, token by token, of a run on another prompt; as many tokens or more."""
 
   kind: Literal['prompt'] = 'prompt'
-  prompt: Prompt
+  prompt: Prompt = Field(description='Text; tokens behind the length of the prompt are not used.')
 
 
 class Resample(Strict):
   """Holds at the value of a run on a window drawn from the server's sample of text."""
 
   kind: Literal['resample'] = 'resample'
-  seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+  seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description='Chooses the window.')
 
 
 Held = Annotated[Value | Mean | OtherPrompt | Resample, Field(discriminator='kind')]
@@ -211,7 +211,7 @@ class Ablation(Strict):
   first: Position = Field(0, description='The first token that is ablated.')
   last: Position = Field(-1, description='The last token that is ablated.')
   source: Position | None = Field(None, description='head only: this token pair alone; None: all sources.')
-  to: Held = Value()
+  to: Held = Field(Value(), description='What it is held at.')
 
 
 class EdgeAblation(Strict):
@@ -219,8 +219,8 @@ class EdgeAblation(Strict):
 
   node: Node = Field(description='An embedding, head, neuron, latent, or the layer it is in, upstream of the head.')
   layer: Index = Field(description='Of the head that reads.')
-  head: Index
-  into: Literal['q', 'k', 'v']
+  head: Index = Field(description='That reads; heads that share keys and values read them together.')
+  into: Literal['q', 'k', 'v'] = Field(description='Queries, keys or values.')
 
 
 # Asking for one run
@@ -230,10 +230,10 @@ class Request(Strict):
   """A prompt, what is to be explained, and what is changed."""
 
   prompt: Prompt = Field(description='Text; special tokens in it, such as <|endoftext|>, are read as such.')
-  objective: Objective
-  trace: Trace | None = None
-  ablations: list[Ablation] = Field([], max_length=16)
-  edge_ablations: list[EdgeAblation] = Field([], max_length=8)
+  objective: Objective = Field(description='The number that is explained, unless a trace is asked for.')
+  trace: Trace | None = Field(None, description='Explains a node instead.')
+  ablations: list[Ablation] = Field([], max_length=16, description='What is held, in order.')
+  edge_ablations: list[EdgeAblation] = Field([], max_length=8, description='Edges that are cut.')
   saes: list[Site] | None = Field(None, max_length=64, description='Sites whose SAEs are spliced in; None: all.')
   k: int = Field(10, ge=1, le=100, description='Nodes listed of each kind: top and bottom by each column.')
   nodes: list[Node] = Field([], max_length=1000, description='Listed whatever their effects.')
@@ -243,21 +243,21 @@ class Request(Strict):
 class Token(Strict):
   """A token of the vocabulary."""
 
-  id: int
-  text: str
+  id: int = Field(description='Its number.')
+  text: str = Field(description='What it spells; part of a character comes as a replacement character.')
 
 
 class Tokens(Strict):
   """Tokens with a number each, the largest first."""
 
-  tokens: list[Token]
-  values: list[float]
+  tokens: list[Token] = Field(description='Of the vocabulary.')
+  values: list[float] = Field(description='One for each.')
 
 
 class Table(Strict):
   """One column a field, one row a node; see `Node` for what is summed in aggregates."""
 
-  nodes: list[Node]
+  nodes: list[Node] = Field(description='The rows.')
   activation: list[float | None] = Field(
     description="A neuron's or latent's activation, a head's attention probability, 1 for an embedding."
   )
@@ -276,11 +276,11 @@ class Table(Strict):
 class Completeness(Strict):
   """The sum of all direct effects against the objective."""
 
-  objective: float
-  embedding: float
+  objective: float = Field(description='Of the run.')
+  embedding: float = Field(description='All embedded tokens.')
   attention: float = Field(description='All heads.')
   mlp: float = Field(description='All neurons of layers without an SAE at their MLP.')
-  latents: float
+  latents: float = Field(description='All latents of the SAEs that stand for something.')
   errors: float = Field(description='What the SAEs do not reconstruct.')
   biases: float = Field(description='Output biases of attention and MLPs, pre-biases of SAEs.')
   final_bias: float = Field(description='What the last norm and the reader add whatever the residual stream is.')
@@ -294,20 +294,20 @@ class Completeness(Strict):
 class ByToken(Strict):
   """Estimated total effects summed over layers and components, one number a token of the prompt."""
 
-  embedding: list[float]
+  embedding: list[float] = Field(description='Of the embedded token.')
   attention_to: list[float] = Field(description='Of heads, at the token that attends (query).')
   attention_from: list[float] = Field(description='Of heads, at the token attended to (key).')
-  mlp: list[float]
-  latents: list[float]
+  mlp: list[float] = Field(description='Of neurons, also where an SAE stands for them.')
+  latents: list[float] = Field(description='Of the latents of all SAEs.')
 
 
 class Candidates(Strict):
   """Next tokens at the token that the objective is about; targets and distractors first."""
 
-  token: int
-  tokens: list[Token]
-  logits: list[float]
-  probabilities: list[float]
+  token: int = Field(description='Of the prompt, behind which they would come.')
+  tokens: list[Token] = Field(description='Of the vocabulary.')
+  logits: list[float] = Field(description='One for each.')
+  probabilities: list[float] = Field(description='Of all tokens of the vocabulary.')
   ranks: list[int] = Field(description='From 0, the most probable.')
 
 
@@ -319,16 +319,16 @@ class NodeTokens(Strict):
     description='Logits that the write vector adds, through the gain of the final norm and the unembedding, minus '
     'their mean over the vocabulary; not divided by the scale.'
   )
-  suppressed: Tokens
+  suppressed: Tokens = Field(description='The same, smallest first.')
   excited_by: Tokens | None = Field(
     description='Of neurons, and latents of MLPs: embeddings of tokens times the gradient of the pre-activation at '
     "the layer's input. Largest."
   )
-  inhibited_by: Tokens | None = None
+  inhibited_by: Tokens | None = Field(None, description='The same, smallest first.')
   attributed_to: list[int] | None = Field(
     None, description='Of latents of attention output: the tokens of the prompt that its value comes from, most first.'
   )
-  attributions: list[float] | None = None
+  attributions: list[float] | None = Field(None, description="Each token's part of the pre-activation.")
 
 
 class Response(Strict):
@@ -336,15 +336,15 @@ class Response(Strict):
 
   request: Request
   tokens: list[Token] = Field(description='Of the prompt, and of the continuation where there is one.')
-  objective: float
+  objective: float = Field(description='What is explained; with a trace, that of the node.')
   unedited: float | None = Field(description='The same objective without ablations; None where there are none.')
   traced_activation: float | None = Field(description="The traced node's pre-activation.")
-  table: Table
-  completeness: Completeness
-  by_token: ByToken
-  candidates: Candidates
-  node_tokens: list[NodeTokens]
-  seconds: float
+  table: Table = Field(description='Nodes and their effects.')
+  completeness: Completeness = Field(description='Whether direct effects add up to the objective.')
+  by_token: ByToken = Field(description='Effects summed for each token of the prompt.')
+  candidates: Candidates = Field(description='What may come next.')
+  node_tokens: list[NodeTokens] = Field(description='One for each row of the table; none if n_tokens is 0.')
+  seconds: float = Field(description='That the answer took.')
 
 
 # Asking for more
@@ -353,8 +353,8 @@ class Response(Strict):
 class CompareRequest(Strict):
   """Two runs over one list of nodes; without a right one, the left without its ablations."""
 
-  left: Request
-  right: Request | None = None
+  left: Request = Field(description='The run that is compared.')
+  right: Request | None = Field(None, description='What it is compared with.')
   right_model: Literal['main', 'other'] = Field('main', description='The second model, where one is served.')
 
 
@@ -362,9 +362,9 @@ class CompareResponse(Strict):
   """Rows of left.table, right.table and difference are the same nodes; difference is left minus right."""
 
   request: CompareRequest
-  left: Response
-  right: Response
-  difference: Table
+  left: Response = Field(description='Answer to the left request, over the nodes of both.')
+  right: Response = Field(description='Answer to the right request.')
+  difference: Table = Field(description='Left minus right.')
 
 
 class AuditRequest(Strict):
@@ -381,11 +381,11 @@ class AuditResponse(Strict):
   """One row a node; the effect of a node is the objective minus the objective without the node."""
 
   request: AuditRequest
-  tokens: list[Token]
-  objective: float
-  nodes: list[Node]
-  estimated: list[float]
-  measured: list[float]
+  tokens: list[Token] = Field(description='Of the prompt.')
+  objective: float = Field(description='Without any of these ablations.')
+  nodes: list[Node] = Field(description='The rows.')
+  estimated: list[float] = Field(description='Total effects, as in the table of the request.')
+  measured: list[float] = Field(description='What the objective loses by the ablation.')
   ratio: list[float | None] = Field(description='estimated / measured; None where measured is zero.')
   integrated: list[float] | None = Field(description='Activation times the gradient averaged from zero to it.')
 
@@ -410,22 +410,22 @@ class EdgesResponse(Strict):
   """
 
   request: EdgesRequest
-  tokens: list[Token]
-  from_nodes: list[Node]
-  to_nodes: list[Node]
-  through: list[Literal['q', 'k', 'v'] | None]
-  effects: list[float]
-  objective: float
+  tokens: list[Token] = Field(description='Of the prompt.')
+  from_nodes: list[Node] = Field(description='Who writes.')
+  to_nodes: list[Node] = Field(description='Who reads.')
+  through: list[Literal['q', 'k', 'v'] | None] = Field(description='Which input of a head reads.')
+  effects: list[float] = Field(description='On the objective, through this edge.')
+  objective: float = Field(description='Of the request.')
 
 
 class QKRequest(Strict):
   """Splits the attention logit of a head at a token pair into pairs of upstream nodes."""
 
   request: Request
-  layer: Index
-  head: Index
-  token: Position
-  source: Position
+  layer: Index = Field(description='Of the head.')
+  head: Index = Field(description='Its number in the layer.')
+  token: Position = Field(description='That attends (the query).')
+  source: Position = Field(description='That is attended to (the key).')
   n: int = Field(50, ge=1, le=1000, description='Pairs listed, the largest of either sign.')
 
 
@@ -442,14 +442,14 @@ class QKResponse(Strict):
   """One row a pair: what its query-side and its key-side node contribute to the logit together."""
 
   request: QKRequest
-  tokens: list[Token]
-  logit: float
-  probability: float
-  query_nodes: list[Node]
-  key_nodes: list[Node]
-  effects: list[float]
-  query: QKSide
-  key: QKSide
+  tokens: list[Token] = Field(description='Of the prompt.')
+  logit: float = Field(description='Query times key, divided by the square root of the channels.')
+  probability: float = Field(description='What the softmax makes of it.')
+  query_nodes: list[Node] = Field(description='At the token that attends.')
+  key_nodes: list[Node] = Field(description='At the token attended to.')
+  effects: list[float] = Field(description='Parts of the logit.')
+  query: QKSide = Field(description='All of the query.')
+  key: QKSide = Field(description='All of the key.')
   residual: float = Field(description='The logit minus the sum of all pairs.')
 
 
@@ -476,8 +476,8 @@ class CircuitResponse(Strict):
   """A circuit and how well it stands in for the model, all by real ablation."""
 
   request: CircuitRequest
-  tokens: list[Token]
-  edges: list[Edge]
+  tokens: list[Token] = Field(description='Of the prompt.')
+  edges: list[Edge] = Field(description='The largest score first.')
   n_possible: int = Field(description='Edges of the whole graph.')
   full: float = Field(description='Objective of the model.')
   empty: float = Field(description='Objective with all edges cut.')
@@ -502,79 +502,79 @@ class TemplateResponse(Strict):
   """Means over the prompts, and 95 % intervals of the means (bootstrap)."""
 
   request: TemplateRequest
-  objective: list[float]
-  nodes: list[Node]
-  direct_effect: list[float | None]
-  direct_low: list[float | None]
-  direct_high: list[float | None]
-  total_effect: list[float | None]
-  total_low: list[float | None]
-  total_high: list[float | None]
+  objective: list[float] = Field(description='Of each prompt.')
+  nodes: list[Node] = Field(description='All that are in the table of any prompt.')
+  direct_effect: list[float] = Field(description='Mean over the prompts.')
+  direct_low: list[float] = Field(description='Lower end of the interval of the mean.')
+  direct_high: list[float] = Field(description='Upper end.')
+  total_effect: list[float] = Field(description='Mean over the prompts.')
+  total_low: list[float] = Field(description='Lower end of the interval of the mean.')
+  total_high: list[float] = Field(description='Upper end.')
 
 
 class Steering(Strict):
   """Adds a multiple of a latent's or neuron's write vector, or of a direction, to a residual-stream site."""
 
-  site: Site
+  site: Site = Field(description='A residual stream, as of a projection.')
   node: Node | None = Field(None, description='A neuron or latent; its token is not used.')
-  direction: list[Number] | None = Field(None, max_length=65536)
-  coefficient: Number
+  direction: list[Number] | None = Field(None, max_length=65536, description='d_model numbers, in place of a node.')
+  coefficient: Number = Field(description='Of the write vector of an activation of 1, or of the direction.')
 
 
 class GenerateRequest(Strict):
   """Continues a prompt with and without edits, with the same random numbers."""
 
-  prompt: Prompt
+  prompt: Prompt = Field(description='Text to continue.')
   ablations: list[Ablation] = Field([], max_length=16, description='At all tokens from `first` on if last is -1.')
-  steering: list[Steering] = Field([], max_length=16)
-  n_new: int = Field(32, ge=1, le=512)
+  steering: list[Steering] = Field([], max_length=16, description='Added at all tokens.')
+  n_new: int = Field(32, ge=1, le=512, description='Tokens to append, at most.')
   temperature: float = Field(0.0, ge=0, le=10, description='0: the most probable token.')
-  top_p: float = Field(1.0, gt=0, le=1)
-  seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+  top_p: float = Field(1.0, gt=0, le=1, description='Draws from the nucleus of this probability.')
+  seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description='Of the random numbers of both texts.')
 
 
 class GenerateResponse(Strict):
   """Both texts, token by token."""
 
   request: GenerateRequest
-  prompt: list[Token]
-  edited: list[Token]
-  baseline: list[Token]
+  prompt: list[Token] = Field(description='As it is tokenized.')
+  edited: list[Token] = Field(description='New tokens under the edits.')
+  baseline: list[Token] = Field(description='New tokens without.')
 
 
 class LensRequest(Strict):
   """The logit lens on a component, without a prompt."""
 
-  kind: Literal['neuron', 'latent']
-  layer: Index | None = None
-  site: Site | None = None
-  index: Index
-  n: int = Field(20, ge=1, le=100)
+  kind: Literal['neuron', 'latent'] = Field(description='Of the component.')
+  layer: Index | None = Field(None, description='None for a latent.')
+  site: Site | None = Field(None, description='latent only: the site of its SAE.')
+  index: Index = Field(description='Of the component.')
+  n: int = Field(20, ge=1, le=100, description='Tokens of each list.')
 
 
 class LensResponse(Strict):
   """Output side: what an activation of 1 adds to each logit. Input side: the pre-activation of each token alone."""
 
   request: LensRequest
-  promoted: Tokens
-  suppressed: Tokens
-  excited_by: Tokens | None
-  inhibited_by: Tokens | None
+  promoted: Tokens = Field(description='Minus the mean over the vocabulary; the largest first.')
+  suppressed: Tokens = Field(description='The same, the smallest first.')
+  excited_by: Tokens | None = Field(description='Pre-activations, the largest first; None unless of an MLP.')
+  inhibited_by: Tokens | None = Field(description='The same, the smallest first.')
 
 
 class ActsRequest(Strict):
   """Activations of one component on a prompt."""
 
-  prompt: Prompt
-  kind: Literal['head', 'neuron', 'latent']
-  layer: Index | None = None
-  site: Site | None = None
-  index: Index
+  prompt: Prompt = Field(description='Text.')
+  kind: Literal['head', 'neuron', 'latent'] = Field(description='Of the component.')
+  layer: Index | None = Field(None, description='None for a latent.')
+  site: Site | None = Field(None, description='latent only: the site of its SAE.')
+  index: Index = Field(description='Of the component.')
 
 
 class ActsResponse(Strict):
   """values[t] of a neuron or latent; of a head, values[t][s]: attention times the size of what it writes."""
 
   request: ActsRequest
-  tokens: list[Token]
-  values: list[float] | list[list[float]]
+  tokens: list[Token] = Field(description='Of the prompt.')
+  values: list[float] | list[list[float]] = Field(description='One for each token, or list of one for each source.')
