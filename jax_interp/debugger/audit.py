@@ -58,6 +58,15 @@ def _hold_rows(x, tap, rows, values_b, layer, code):
   return x.at[jnp.arange(len(x)), *cells].set(values_b.astype(x.dtype), mode='drop')
 
 
+def _edits(saes, own, held, rows, values_b, layer, codes=()):
+  """Returns the edits of a layer: the request's ablations, what rows hold, and SAEs, {name: number} in `own`."""
+  found = interventions.layer_edits(held, layer, own)
+  codes = dict(codes) | {f'{name}.latents': LATENT + number for name, number in own.items()}
+  for name, code in codes.items():
+    found.append(sites.Edit(name, functools.partial(_hold_rows, code=code), (rows, values_b, layer)))
+  return found + [sites.splice(name, sae, hold_error=False) for name, sae in saes.items()]
+
+
 @functools.partial(jax.jit, static_argnames=('n_head', 'numbers'))
 def _block(block, saes, x, held, shifts, question, rows, values_b, layer, n_head, numbers):
   """Returns the stream [row, token, d] behind a layer, and what the objective may be read from there.
@@ -77,13 +86,10 @@ def _block(block, saes, x, held, shifts, question, rows, values_b, layer, n_head
   own = dict(zip(saes, numbers, strict=True))
 
   def forward(x_btd, values_b):
-    edits = [*interventions.layer_edits(held, layer, own), *interventions.shift_edits(shifts, layer)]
-    codes = {'attn.qk_probs': HEAD, 'mlp.post_act': NEURON}
-    codes |= {f'{name}.latents': LATENT + number for name, number in own.items()}
-    for name, code in codes.items():
-      edits.append(sites.Edit(name, functools.partial(_hold_rows, code=code), (rows, values_b, layer)))
-    edits += [sites.splice(name, sae) for name, sae in saes.items()]
-    tap = sites.Tap(edits, capture=(*READ, *(f'{name}.input' for name in saes)))
+    edits = _edits(saes, own, held, rows, values_b, layer, {'attn.qk_probs': HEAD, 'mlp.post_act': NEURON})
+    tap = sites.Tap(
+      [*interventions.shift_edits(shifts, layer), *edits], capture=(*READ, *(f'{name}.input' for name in saes))
+    )
     out_btd = block(x_btd, tap)
     return out_btd, jax.vmap(lambda acts: objectives.picks(question, n_head, acts))(tap.acts)
 
@@ -95,16 +101,23 @@ def _block(block, saes, x, held, shifts, question, rows, values_b, layer, n_head
   return (out_btd, slopes[0]), (picked, slopes[1])
 
 
-@jax.jit
-def _embeddings(acts, question, rows, values_b):
-  """Returns the embedding of each row [row, token, d], and what the objective may read of it, and both derivatives."""
+@functools.partial(jax.jit, static_argnames='numbers')
+def _embeddings(x_td, saes, held, question, rows, values_b, numbers):
+  """Returns the embedding of each row [row, token, d], and what the objective may read of it, and both derivatives.
+
+  Args:
+    x_td: the embedding, before the SAE there.
+    saes, numbers: of the embedding: one or none, as for `_block`.
+    held, question, rows, values_b: as for `_block`.
+  """
+  own = dict(zip(saes, numbers, strict=True))
 
   def forward(values_b):
-    x_td, n = acts['resid.post_emb'], len(values_b)
     mine_bt = (rows.code == EMBEDDING)[:, None] & (rows.token[:, None] == jnp.arange(len(x_td)))
     x_btd = jnp.where(mine_bt, values_b[:, None], 1)[..., None] * x_td
-    picked = {name: jnp.broadcast_to(x[question.token], (n, x.shape[-1])) for name, x in acts.items()}
-    return x_btd, picked | {'resid.post_emb': x_btd[:, question.token]}
+    tap = sites.Tap(_edits(saes, own, held, rows, values_b, -1), capture=('resid.post_emb', 'resid.post_emb.input'))
+    x_btd = tap('resid.post_emb', x_btd, 'batch token d_model')
+    return x_btd, {name: x[:, question.token] for name, x in tap.acts.items()}
 
   return jax.jvp(forward, (values_b,), (jnp.ones_like(values_b),))
 
@@ -145,32 +158,36 @@ def held_objectives(
     values_b: at what.
     with_slope: whether the derivative is wanted; else it is None.
   """
-  model, question, saes = subject.model, prepared.question, prepared.saes
+  model, question, saes, held = subject.model, prepared.question, prepared.saes, prepared.held
   layers, n = rows.layer.tolist(), _size(len(rows.layer))
   padded = lambda x, value=0: np.concatenate([x, np.full(n - len(x), value, x.dtype)])
   values_b = padded(values_b.astype(np.float32))
   rows = Rows(padded(rows.code, -1), *map(padded, (rows.layer, rows.token, rows.source, rows.index)))
   first = lambda size: jax.tree.map(lambda x: x[:size], rows)
   size = _size(bisect.bisect(layers, -1))
-  acts = {site: run.acts[site][0] for site in ('resid.post_emb', 'resid.post_emb.input') if site in run.acts}
-  (x, embedding), slopes = _embeddings(acts, question, first(size), values_b[:size])
+  of_layer = lambda i: {name: site for site in saes for layer, name in [objectives.split_site(site)] if layer == i}
+  numbers = lambda own: tuple(list(saes).index(site) for site in own.values())
+  own = of_layer(None)
+  x_td = run.acts['resid.post_emb.input' if own else 'resid.post_emb'][0]
+  x, slopes = _embeddings(x_td, {s: saes[s] for s in own}, held, question, first(size), values_b[:size], numbers(own))
+  x, embedding = x
   x, embedding = (x, slopes[0] if with_slope else None), (embedding, slopes[1])
   found = []
   for i, block in enumerate(model.h):
     size = max(size, _size(bisect.bisect(layers, i)))
-    own = {name: site for site in saes for layer, name in [objectives.split_site(site)] if layer == i}
+    own = of_layer(i)
     x, picked = _block(
       block,
       {name: saes[site] for name, site in own.items()},
       _widened(x, size),
-      interventions.of_layer(prepared.held, i),
+      interventions.of_layer(held, i),
       prepared.shifts,
       question,
       first(size),
       values_b[:size],
       np.int32(i),
       model.config.n_head,
-      tuple(list(saes).index(site) for site in own.values()),
+      numbers(own),
     )
     found.append(picked)
   values = _widened((x[0], embedding[0], [layer[0] for layer in found]), n)
