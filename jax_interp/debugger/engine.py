@@ -399,7 +399,7 @@ def tabulate(nodes: list[schema.Node], described: effects.Described | None) -> s
   """Returns a table of nodes; `described` is None if there are none."""
   if not nodes:
     return schema.Table(nodes=[], **{name: [] for name in COLUMNS})
-  if any(np.isinf(x_n).any() for x_n in columns.values()):
+  if any(np.isinf(getattr(described, name)).any() for name in COLUMNS):
     raise ValueError('effects of this run are not finite; hold activations at smaller values')
   numbers = lambda x_n: [None if np.isnan(x) else float(x) for x in x_n]
   return schema.Table(nodes=nodes, **{name: numbers(getattr(described, name)) for name in COLUMNS})
