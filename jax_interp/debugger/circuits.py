@@ -237,11 +237,11 @@ def _start(embedding, counterfactual_wtd, question, share_b):
   return x_btd, diffs_bwtd, {site: x[question.token] - away_btd[:, question.token] for site, x in embedding.items()}
 
 
-def _without(stream_btd, cut_brw, diffs_bwtd):
-  """Returns what each reader reads of the stream, [run, reader, token, d_model]."""
+def _cut(cut_brw, diffs_bwtd):
+  """Returns what is taken from each reader [run, reader, token, d_model]; one run's may stand for all."""
   b, w, *shape = diffs_bwtd.shape
-  cut_brx = jnp.matmul(cut_brw, diffs_bwtd.reshape(b, w, -1))  # one run's differences or cuts may stand for all
-  return (stream_btd[:, None] - cut_brx.reshape(*cut_brx.shape[:2], *shape)).astype(stream_btd.dtype)
+  cut_brx = jnp.matmul(cut_brw, diffs_bwtd.reshape(b, w, -1))
+  return cut_brx.reshape(*cut_brx.shape[:2], *shape)
 
 
 def _read_by_heads(block, number, streams_brtd):
@@ -285,25 +285,23 @@ def _layer(
   *cut_heads, cut_mlp, cut_objective = jnp.split(cut_brw, np.cumsum([n_head, n_kv, n_kv, 1]), axis=1)
   first = 1 + layer * (n_head + 1)
 
-  def with_heads(acts):
-    if not live:
-      return diffs_bwtd
-    heads_bhtd = _head_writes(block, acts['attn.v_out']) - counterfactual_wtd[:n_head]
-    heads_bhtd = jnp.where(acts['resid.delta_attn.is_live'][:, None], heads_bhtd, 0)
-    return jax.lax.dynamic_update_slice_in_dim(diffs_bwtd, heads_bhtd, first, axis=1)
+  def by_heads(acts):
+    diffs_bhtd = _head_writes(block, acts['attn.v_out']) - counterfactual_wtd[:n_head]
+    return jnp.where(acts['resid.delta_attn.is_live'][:, None], diffs_bhtd, 0)
 
-  def with_mlp(acts):
-    if not live:
-      return diffs_bwtd
-    mlp_b1td = (acts['resid.delta_mlp'] - counterfactual_wtd[n_head])[:, None]
-    return jax.lax.dynamic_update_slice_in_dim(with_heads(acts), mlp_b1td, first + n_head, axis=1)
+  def cut(cut_brw, diffs_bwtd, own_bwtd):  # of the writers before, and of the layer's own
+    cut_brtd = _cut(cut_brw, diffs_bwtd)
+    if live:
+      cut_brtd += _cut(jax.lax.dynamic_slice_in_dim(cut_brw, first, own_bwtd.shape[1], 2), own_bwtd)
+    return cut_brtd
 
   def read_by_head(x, tap, number):
-    return _read_by_heads(block, number, _without(x_btd, cut_heads[number], diffs_bwtd))
+    streams_brtd = x_btd[:, None] - _cut(cut_heads[number], diffs_bwtd)
+    return _read_by_heads(block, number, streams_brtd.astype(x.dtype))
 
   def read_by_mlp(x, tap, linear):
-    stream_btd = _without(tap.acts['resid.post_attn'], cut_mlp, with_heads(tap.acts))[:, 0]
-    return linear('btd,dn->btn', block.mlp_ln(stream_btd, sites.Tap()))
+    stream_btd = tap.acts['resid.post_attn'] - cut(cut_mlp, diffs_bwtd, by_heads(tap.acts))[:, 0]
+    return linear('btd,dn->btn', block.mlp_ln(stream_btd.astype(x.dtype), sites.Tap()))
 
   def mark(x, tap):  # where the request holds the sum of the layer, heads write nothing
     unheld = jnp.full_like(x, jnp.nan)
@@ -324,10 +322,16 @@ def _layer(
   tap = sites.Tap(edits, capture=(*READ, *WRITTEN, *(f'{name}.input' for name in saes)))
   out_btd = block(x_btd, tap)
   picked = jax.vmap(lambda acts: objectives.picks(question, n_head, acts))(tap.acts)
-  for part, diffs in (('post_attn', with_heads(tap.acts)), ('post_mlp', with_mlp(tap.acts))):
-    cut_bd = jnp.matmul(cut_objective, diffs[:, :, question.token])[:, 0]
+  heads_bwtd = by_heads(tap.acts)
+  mlp_bwtd = (tap.acts['resid.delta_mlp'] - counterfactual_wtd[n_head])[:, None]
+  own_bwtd = jnp.concatenate([heads_bwtd, mlp_bwtd], axis=1)
+  at_token = lambda x: jax.lax.dynamic_slice_in_dim(x, question.token, 1, 2)
+  for part, written in (('post_attn', heads_bwtd), ('post_mlp', own_bwtd)):
+    cut_bd = cut(cut_objective, at_token(diffs_bwtd), at_token(written))[:, 0, 0]
     picked |= {name: x - cut_bd for name, x in picked.items() if name.startswith(f'resid.{part}')}
-  return out_btd, with_mlp(tap.acts), picked
+  if live:
+    diffs_bwtd = jax.lax.dynamic_update_slice_in_dim(diffs_bwtd, own_bwtd, first, axis=1)
+  return out_btd, diffs_bwtd, picked
 
 
 @functools.partial(jax.jit, static_argnames=('n_head', 'numbers'), donate_argnames='diffs_bwtd')
@@ -351,7 +355,7 @@ def _backward_layer(block, saes, x_btd, diffs_bwtd, counterfactual_wtd, cut_brw,
 def _objectives(model, saes, question, x_btd, embedding, picked, diffs_bwtd, cut_b1w, reference):
   """Returns the objective of each run [run]; what a trace does not pass through is held at the first reference."""
   positions_k = question.positions_k
-  z_bkd = _without(x_btd[:, positions_k], cut_b1w, diffs_bwtd[:, :, positions_k])[:, 0]
+  read_bkd = x_btd[:, positions_k] - _cut(cut_b1w, diffs_bwtd[:, :, positions_k])[:, 0]
   embedding = {site: x - cut_b1w[:, 0, :1] * diffs_bwtd[:, 0, question.token] for site, x in embedding.items()}
   live = {'attn.q': question.through[0], 'attn.k': question.through[1], 'attn.qk_probs': question.through.any()}
   layers = [
@@ -359,7 +363,7 @@ def _objectives(model, saes, question, x_btd, embedding, picked, diffs_bwtd, cut
     for own, first in zip(picked, reference, strict=True)
   ]
   finish = lambda *rows: objectives.finish(question, model, saes, *rows)
-  return jax.vmap(finish)(model.ln_f(z_bkd, sites.Tap()), embedding, layers)
+  return jax.vmap(finish)(model.ln_f(read_bkd.astype(x_btd.dtype), sites.Tap()), embedding, layers)
 
 
 _forward_objectives = jax.jit(_objectives)
