@@ -457,19 +457,30 @@ class CircuitRequest(Strict):
   """Finds a small circuit: edges between heads and MLPs that carry the objective."""
 
   request: Request
-  counterfactual: Held = Field(Value(), description='What cut edges carry.')
-  n_edges: int = Field(50, ge=1, le=100_000, description='Budget.')
-  steps: int = Field(5, ge=1, le=32, description='Points of the integrated gradients.')
-  minimality: bool = Field(True, description='Whether each edge is cut in turn.')
+  counterfactual: Held = Field(
+    Value(),
+    description='What cut edges carry: nothing (of numbers, 0 alone), or what is written in the mean or in '
+    'another run.',
+  )
+  n_edges: int = Field(50, ge=1, le=100_000, description='The circuit has at most as many edges.')
+  steps: int = Field(
+    5, ge=1, le=32, description='Points of the integrated gradients; 1: the gradient at the prompt itself.'
+  )
+  minimality: bool = Field(True, description='Whether the edges, the first 300 of them, are cut in turn.')
 
 
 class Edge(Strict):
   """From what a component writes to what another reads, at all tokens."""
 
   writer: str = Field(description="'embedding', 'h.3.attn.5', 'h.3.mlp'.")
-  reader: str = Field(description="'h.4.attn.2.q', '.k', '.v', 'h.4.mlp', 'logits'.")
+  reader: str = Field(
+    description="'h.4.attn.2.q', '.k', '.v', 'h.4.mlp', 'logits'; heads that share keys and values count as one in .k "
+    "and .v; 'objective' where that is read from the residual stream."
+  )
   score: float = Field(description='Integrated gradient: estimated effect of the edge.')
-  measured: float | None = Field(description='What the objective loses when the edge is cut from the circuit.')
+  measured: float | None = Field(
+    description='What the objective loses when the edge is cut from the circuit. None: not measured.'
+  )
 
 
 class CircuitResponse(Strict):
@@ -477,18 +488,18 @@ class CircuitResponse(Strict):
 
   request: CircuitRequest
   tokens: list[Token] = Field(description='Of the prompt.')
-  edges: list[Edge] = Field(description='The largest score first.')
-  n_possible: int = Field(description='Edges of the whole graph.')
+  edges: list[Edge] = Field(description='The largest score, by size, first.')
+  n_possible: int = Field(description='Edges on some path from the embedding to the objective.')
   full: float = Field(description='Objective of the model.')
   empty: float = Field(description='Objective with all edges cut.')
   circuit: float = Field(description='Objective with all edges outside of the circuit cut.')
   complement: float = Field(description='Objective with the edges of the circuit cut.')
-  faithfulness: float | None = Field(description='(circuit - empty) / (full - empty).')
+  faithfulness: float | None = Field(description='(circuit - empty) / (full - empty); None where they are equal.')
   completeness: float | None = Field(
     description='(full - complement) / (full - empty): 1 if nothing is left without it.'
   )
   minimality: float | None = Field(
-    description='The smallest share of full - empty that is lost, by size, when one edge of the circuit is cut.'
+    description='The smallest share of full - empty that is lost, by size, when one measured edge is cut.'
   )
 
 
