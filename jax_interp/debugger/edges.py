@@ -66,7 +66,7 @@ def _latent_reads(block, sae, name, stream_td, frozen, grads):
     sae: at a site of it.
     name: of the site within the layer.
     stream_td: before attention or MLP, or at the site if that is on the residual stream.
-    frozen: whether the scale of the norm is held.
+    frozen: whether the scales of the norm and of the SAE's input are held.
     grads: of the SAE.
   """
   tap = sites.Tap(capture=('v_out', 'post_act'))
@@ -78,8 +78,10 @@ def _latent_reads(block, sae, name, stream_td, frozen, grads):
     x = tap.acts['post_act'] if name == 'mlp.post_act' else out
   else:
     x = stream_td[None]
-  latents_tl, _ = sae.encode(x[0].reshape(len(stream_td), -1))
-  return latents_tl * jax.lax.stop_gradient(grads['.latents'])
+  x_tx = x[0].reshape(len(stream_td), -1)
+  _, norm = sae.normalize(x_tx)
+  preacts_tl = sae.preacts((x_tx - norm.mean) / _hold(norm.scale, None, frozen))
+  return jnp.where(sae.encode(x_tx)[0] > 0, preacts_tl, 0) * jax.lax.stop_gradient(grads['.latents'])
 
 
 @functools.partial(jax.jit, static_argnames='through')

@@ -397,7 +397,9 @@ class EdgesRequest(Strict):
   from_node: Node | None = Field(None, description='An embedding, head, neuron, latent, error, bias or layer.')
   to_node: Node | None = Field(None, description='A head at a token pair, a neuron or a latent.')
   through: Literal['q', 'k', 'v'] | None = Field(None, description='Which input of to_node, where it is a head.')
-  frozen: bool = Field(True, description="Whether the scale of the reader's norm is held.")
+  frozen: bool = Field(
+    True, description="Whether the scale of the reader's norm is held; of a latent, that of its SAE's input too."
+  )
   n: int = Field(50, ge=1, le=1000, description='Edges out of a node that are listed, the largest of either sign.')
 
 
