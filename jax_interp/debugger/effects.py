@@ -33,7 +33,7 @@ Array = jax.Array
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['objective', 'final_bias', 'acts', 'grads', 'grad_td', 'stream', 'traced_sae', 'n_tokens'],
+  data_fields=['objective', 'final_bias', 'acts', 'grads', 'grad_td', 'stream', 'traced_sae', 'cut', 'n_tokens'],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Run:
     grad_td: gradient at the residual stream that the objective is read from.
     stream: number of that stream, see `Question`.
     traced_sae: number of the SAE whose latent is the objective, else -1.
+    cut: {'h.0.resid.delta_attn': [token]} and so on: where what a layer's attention or MLP adds is held, so that
+      nothing of its parts reaches the stream.
     n_tokens: of the prompt, without padding.
   """
 
@@ -57,6 +59,7 @@ class Run:
   grad_td: Array
   stream: Array
   traced_sae: Array
+  cut: dict[str, Array]
   n_tokens: Array
 
 
@@ -114,6 +117,11 @@ def run(
       grads[site] = jnp.where(traced, grads[f'{site}.input'], grads[site])
   final_bias = objectives.final_bias(question, model, saes, acts, grads['resid.post_ln_f'][0])
   kept = lambda found, names: {site: found[site] for site in found if site.endswith(names)}
+  cut = {
+    f'h.{i}.resid.delta_{part}': interventions.held_tokens(held, f'resid.delta_{part}', i, tokens_bt.shape[1])
+    for i in range(n_layer)
+    for part in PARTS
+  }
   return Run(
     value,
     final_bias,
@@ -125,6 +133,7 @@ def run(
     grad_td.astype(jnp.float32),
     jnp.asarray(question.stream),
     jnp.asarray(traced_sae),
+    cut,
     jnp.asarray(n_tokens),
   )
 
@@ -150,6 +159,14 @@ def is_upstream(run: Run, saes: Mapping, site: str) -> Array:
   """Returns whether the stream that the objective is read from holds what a site, or the SAE there, writes."""
   number = list(saes).index(site) if site in saes else -2
   return (writes_to(site) <= run.stream) & (run.traced_sae != number)
+
+
+def reaches(run: Run, saes: Mapping, site: str) -> Array:
+  """Returns whether what a site, or the SAE there, writes at each token [token] is in that stream; see `Run.cut`."""
+  inner = site.endswith(('v_out', 'post_act'))
+  part = 'attn' if site.endswith('v_out') else 'mlp'
+  cut = run.cut[f'h.{site.split(".")[1]}.resid.delta_{part}'] if inner else jnp.zeros(len(run.grad_td), bool)
+  return is_upstream(run, saes, site) & ~cut
 
 
 # Describing nodes
@@ -222,11 +239,10 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
     if key == 'embedding':
       described = _describe_embedding(run, rows)
     elif key in saes:
-      upstream = is_upstream(run, saes, key)
-      described = _describe_sae(model, saes[key], key, *own_acts(run, key), run, upstream, rows)
+      reach_t = reaches(run, saes, key)
+      described = _describe_sae(model, saes[key], key, *own_acts(run, key), run, reach_t, rows)
     else:
-      upstream = [is_upstream(run, saes, f'h.{key}.resid.delta_{part}') for part in PARTS]
-      described = _describe_layer(model.h[key], *layer_acts(run, key), run, *upstream, rows)
+      described = _describe_layer(model.h[key], *layer_acts(run, key), run, *_layer_reach(run, key), rows)
     found.append(described)
     numbers.append(mine)
   cut = lambda mine, described: jax.tree.map(operator.itemgetter(slice(len(mine))), described)
@@ -252,6 +268,12 @@ def own_acts(run: Run, site: str) -> tuple[dict[str, Array], dict[str, Array]]:
   return of(run.acts), of(run.grads)
 
 
+def _layer_reach(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Returns {part: whether that stream holds what it adds} of a layer, and {part: [token]} of `Run.cut`."""
+  names = {part: f'h.{layer}.resid.delta_{part}' for part in PARTS}
+  return {part: is_upstream(run, {}, site) for part, site in names.items()}, {p: run.cut[names[p]] for p in PARTS}
+
+
 @jax.jit
 def _describe_embedding(run, rows) -> Described:
   x_nd, grad_nd = (x['resid.post_emb'][0, rows.token].astype(jnp.float32) for x in (run.acts, run.grads))
@@ -266,8 +288,8 @@ def _described(activation, write_nd, run, rows, total, upstream) -> Described:
 
 
 @jax.jit
-def _describe_layer(block, acts, grads, run, attn_upstream, mlp_upstream, rows) -> Described:
-  of = rows.of
+def _describe_layer(block, acts, grads, run, upstream, cut, rows) -> Described:
+  of, reach = rows.of, {part: upstream[part] & ~cut[part] for part in PARTS}
   probs_hts, v_sgc, v_out_thc = acts['qk_probs'], acts['v'], acts['v_out']
   n_head = len(probs_hts)
   kept_t = jnp.arange(len(run.grad_td)) < run.n_tokens
@@ -288,19 +310,19 @@ def _describe_layer(block, acts, grads, run, attn_upstream, mlp_upstream, rows) 
   total = jnp.where(of('head_token'), by_token_ht[head, token], by_token_ht.sum(-1)[head])
   total = jnp.where(of('head'), probs_n * grads['qk_probs'][head, token, source], total)
   total = jnp.where(of('neuron'), post_act_n * grads['post_act'][token, neuron], total)
-  upstream = jnp.where(of('neuron'), mlp_upstream, attn_upstream)
-  for part, (layer, of_layer) in enumerate(((block.attn, attn_upstream), (block.mlp, mlp_upstream))):
-    name = f'delta_{PARTS[part]}'
-    mine = of('layer', 'bias') & (rows.index == part)
-    delta_nd = jnp.where(of('layer')[:, None], acts[name][token].astype(jnp.float32), _output_bias(layer))
+  reached = jnp.where(of('neuron'), reach['mlp'][token], reach['attn'][token])
+  for number, (part, layer) in enumerate((('attn', block.attn), ('mlp', block.mlp))):
+    mine, whole = of('layer', 'bias') & (rows.index == number), of('layer')
+    delta_nd = jnp.where(whole[:, None], acts[f'delta_{part}'][token].astype(jnp.float32), _output_bias(layer))
     write_nd = jnp.where(mine[:, None], delta_nd, write_nd)
-    total = jnp.where(mine, (delta_nd * grads[name][token]).sum(-1), total)
-    upstream = jnp.where(mine, of_layer, upstream)
+    effect_n = (delta_nd * grads[f'delta_{part}'][token]).sum(-1)
+    total = jnp.where(mine, jnp.where(whole | ~cut[part][token], effect_n, 0), total)
+    reached = jnp.where(mine, jnp.where(whole, upstream[part], reach[part][token]), reached)
   activation = jnp.where(of('head'), probs_n, jnp.where(of('neuron'), post_act_n, jnp.nan))
   activation = jnp.where(of('bias'), 1.0, activation)
-  found = _described(activation, write_nd, run, rows, total, upstream)
+  found = _described(activation, write_nd, run, rows, total, reached)
   reads_thc = head_reads(block, run.grad_td)
-  direct_h = jnp.sum((v_out_thc * reads_thc).sum(-1), 0, where=kept_t[:, None]) * attn_upstream
+  direct_h = jnp.sum((v_out_thc * reads_thc).sum(-1), 0, where=(kept_t & reach['attn'])[:, None])
   return dataclasses.replace(
     found,
     write_norm=jnp.where(of('head_total'), jnp.nan, found.write_norm),
@@ -309,7 +331,7 @@ def _describe_layer(block, acts, grads, run, attn_upstream, mlp_upstream, rows) 
 
 
 @functools.partial(jax.jit, static_argnames='site')
-def _describe_sae(model, sae, site, acts, grads, run, upstream, rows) -> Described:
+def _describe_sae(model, sae, site, acts, grads, run, reach_t, rows) -> Described:
   of, token = rows.of, jnp.maximum(rows.token, 0)
   _, norm_n = sae.normalize(acts['.input'][token])
   latent = jnp.clip(rows.index, 0, sae.n_latents - 1)
@@ -322,7 +344,7 @@ def _describe_sae(model, sae, site, acts, grads, run, upstream, rows) -> Describ
   )
   own_nx = jnp.where(of('latent')[:, None], latents_n[:, None] * sae.decoder[...][latent] * scale_n1, own_nx)
   activation = jnp.where(of('latent'), latents_n, jnp.where(of('bias'), 1.0, jnp.nan))
-  return _described(activation, to_stream(model, site, own_nx), run, rows, total, upstream)
+  return _described(activation, to_stream(model, site, own_nx), run, rows, total, reach_t[token])
 
 
 def _output_bias(layer) -> Array:
@@ -370,10 +392,10 @@ def _extremes(columns: Sequence[Array], valid: Array, k: int) -> tuple[Array, Ar
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'with_heads', 'with_neurons'))
-def _layer_extremes(block, acts, grads, run, attn_upstream, mlp_upstream, k, with_heads, with_neurons):
+def _layer_extremes(block, acts, grads, run, upstream, cut, k, with_heads, with_neurons):
   """Returns the extremes of one layer's heads and neurons, and sums over them."""
+  reach = {part: upstream[part] & ~cut[part] for part in PARTS}
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
-  attn_upstream, mlp_upstream = (x.astype(jnp.float32) for x in (attn_upstream, mlp_upstream))
   probs_hts, v_sgc = acts['qk_probs'], acts['v']
   n_head, n_tokens, _ = probs_hts.shape
   kernel_hcd = block.attn.c_proj.kernel[...]
@@ -383,7 +405,7 @@ def _layer_extremes(block, acts, grads, run, attn_upstream, mlp_upstream, k, wit
   )
   reads_thc = head_reads(block, run.grad_td)
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
-  total_hts, direct_hts = probs_hts * grads['qk_probs'], probs_hts * projected_hts * attn_upstream
+  total_hts, direct_hts = probs_hts * grads['qk_probs'], probs_hts * projected_hts * reach['attn'][:, None]
   found = {}
   causal_ts = kept_t[:, None] & (jnp.arange(n_tokens)[:, None] >= jnp.arange(n_tokens))
   total_hts = jnp.where(causal_ts, total_hts, 0)
@@ -393,7 +415,7 @@ def _layer_extremes(block, acts, grads, run, attn_upstream, mlp_upstream, k, wit
   by_head = {
     'write_norm': norm(v_out_thc),
     'total_effect': total_hts.sum(-1),
-    'direct_effect': (v_out_thc * reads_thc).sum(-1).T * attn_upstream,
+    'direct_effect': (v_out_thc * reads_thc).sum(-1).T * reach['attn'],
   }
   by_head = {name: x_ht * kept_t for name, x_ht in by_head.items()}
   post_act_tn = acts['post_act'].astype(jnp.float32)
@@ -403,28 +425,29 @@ def _layer_extremes(block, acts, grads, run, attn_upstream, mlp_upstream, k, wit
   if with_neurons:
     projected_tn = jnp.einsum('td,nd->tn', run.grad_td, kernel_nd, preferred_element_type=jnp.float32)
     norm_n = jnp.linalg.norm(kernel_nd.astype(jnp.float32), axis=-1)
-    direct_tn = post_act_tn * projected_tn * mlp_upstream * kept_t[:, None]
+    direct_tn = post_act_tn * projected_tn * (reach['mlp'] & kept_t)[:, None]
     found['neuron'] = _extremes((post_act_tn * norm_n, total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
     direct_neurons = direct_tn.sum()
   parts = {}
-  for name, layer, upstream in (('attn', block.attn, attn_upstream), ('mlp', block.mlp, mlp_upstream)):
+  for name, layer in (('attn', block.attn), ('mlp', block.mlp)):
     delta_td, grad_td = (x[f'delta_{name}'].astype(jnp.float32) for x in (acts, grads))
-    bias_d = jnp.broadcast_to(_output_bias(layer), delta_td.shape[1:])
-    columns = lambda x_td, grad_td=grad_td, upstream=upstream: {
+    columns = lambda x_td, live_t, reach_t, grad_td=grad_td: {
       'write_norm': jnp.linalg.norm(x_td, axis=-1) * kept_t,
-      'total_effect': (x_td * grad_td).sum(-1) * kept_t,
-      'direct_effect': (x_td * run.grad_td).sum(-1) * kept_t * upstream,
+      'total_effect': (x_td * grad_td).sum(-1) * (kept_t & live_t),
+      'direct_effect': (x_td * run.grad_td).sum(-1) * (kept_t & reach_t),
     }
-    parts[name] = {'layer': columns(delta_td), 'bias': columns(jnp.broadcast_to(bias_d, delta_td.shape))}
+    layer_columns = columns(delta_td, True, upstream[name])
+    bias_columns = columns(jnp.broadcast_to(_output_bias(layer), delta_td.shape), ~cut[name], reach[name])
+    held = (layer_columns['direct_effect'] * cut[name]).sum()
+    parts[name] = {'layer': layer_columns, 'bias': bias_columns, 'held': held}
   sums = {'attention_to': total_hts.sum((0, 2)), 'attention_from': total_hts.sum((0, 1)), 'mlp': total_tn.sum(1)}
   sums['neurons'] = direct_neurons
   return found, by_head, parts, sums
 
 
 @functools.partial(jax.jit, static_argnames=('site', 'k'))
-def _sae_extremes(model, sae, site, acts, grads, run, upstream, k):
+def _sae_extremes(model, sae, site, acts, grads, run, reach_t, k):
   """Returns the extremes of one SAE's latents, its error and bias by token, and sums."""
-  upstream = upstream.astype(jnp.float32)
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
   _, norm = sae.normalize(acts['.input'])
   scale_t1 = jnp.broadcast_to(norm.scale, (len(kept_t), 1))
@@ -437,7 +460,7 @@ def _sae_extremes(model, sae, site, acts, grads, run, upstream, k):
   else:
     norm_l = jnp.linalg.norm(sae.decoder[...], axis=-1)
   latents_tl = acts['.latents']
-  direct_tl = latents_tl * jnp.einsum('tx,lx->tl', grad_tx, sae.decoder[...]) * scale_t1 * upstream
+  direct_tl = latents_tl * jnp.einsum('tx,lx->tl', grad_tx, sae.decoder[...]) * scale_t1 * reach_t[:, None]
   total_tl = latents_tl * grads['.latents']
   found = _extremes((latents_tl * norm_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
   constant_tx = jnp.broadcast_to(sae.constant(norm), acts['.error'].shape)
@@ -446,7 +469,7 @@ def _sae_extremes(model, sae, site, acts, grads, run, upstream, k):
     return {
       'write_norm': jnp.linalg.norm(to_stream(model, site, x_tx), axis=-1) * kept_t,
       'total_effect': (x_tx * grads['.error']).sum(-1) * kept_t,
-      'direct_effect': (x_tx * grad_tx).sum(-1) * kept_t * upstream,
+      'direct_effect': (x_tx * grad_tx).sum(-1) * (kept_t & reach_t),
     }
 
   direct = (direct_tl * kept_t[:, None]).sum()
@@ -492,7 +515,7 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
   n_tokens, sae_sites = int(run.n_tokens), tuple(saes)
   layers = [_layer(model, saes, run, i, lot) for i in range(model.config.n_layer)]
   own = {
-    site: _sae_extremes(model, sae, site, *own_acts(run, site), run, is_upstream(run, saes, site), lot)
+    site: _sae_extremes(model, sae, site, *own_acts(run, site), run, reaches(run, saes, site), lot)
     for site, sae in saes.items()
   }
   layers, own, embedding, objective, final_bias, stream, traced = jax.device_get(
@@ -538,7 +561,7 @@ def _layer(model, saes, run, i, lot):
     model.h[i],
     *layer_acts(run, i),
     run,
-    *(is_upstream(run, saes, f'h.{i}.resid.delta_{part}') for part in PARTS),
+    *_layer_reach(run, i),
     lot,
     not stands_for('attn.v_out', 'resid.delta_attn'),
     not stands_for('mlp.post_act', 'resid.delta_mlp'),
@@ -632,6 +655,7 @@ def _sums(layers, own, embedding, stream: int, traced: str | None) -> dict[str, 
       else:
         sums['mlp'] += float(layer_sums['neurons'])
       if sae_site is None or sae_site.endswith(inner):
+        sums['attention' if part == 'attn' else 'mlp'] += float(parts[part]['held'])
         sums['biases'] += float(parts[part]['bias']['direct_effect'].sum())
   for site in stands:
     _, error, bias, _, latents = own[site]

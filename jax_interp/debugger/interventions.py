@@ -161,6 +161,14 @@ def _hold(x, tap, held, layer_or_sae):
   return jnp.where(mask, value, x).astype(x.dtype)
 
 
+def held_tokens(held: Held, name: str, layer: int, n_tokens: int) -> jax.Array:
+  """Returns whether a site of a layer that holds whole tokens, 'resid.delta_attn' or 'resid.delta_mlp', is held."""
+  tokens_t = jnp.arange(n_tokens)
+  inside_st = (held.cells[:, 2, None] <= tokens_t) & (tokens_t < held.cells[:, 3, None])
+  mine_s = (held.cells[:, 0] == CODES[name]) & (held.cells[:, 1] == layer) & (held.cells[:, 9] == 1)
+  return (inside_st & mine_s[:, None]).any(0)
+
+
 def edits(held: Held, n_layer: int, sae_sites: Sequence[str]) -> tuple[sites.Edit, ...]:
   """Returns the edits of a run; those at a site where an SAE is spliced in come before the splice."""
   found = [sites.Edit('resid.post_emb', _hold, (held, 0))]

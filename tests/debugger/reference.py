@@ -358,6 +358,17 @@ class Reference:
     order = list(self.base)
     return order.index(self.part(node)[0]) <= order.index(self.reading.stream)
 
+  def cut(self, node: schema.Node) -> np.ndarray:
+    """Returns where [token, 1] what the node writes is lost: what its layer's attention or MLP adds is held there."""
+    parts = {'v_out': 'attn', 'post_act': 'mlp', 'attn': 'attn', 'mlp': 'mlp', None: 'mlp'}
+    part = 'attn' if node.kind.startswith('head') else parts.get(node.site and node.site.split('.')[-1])
+    layer = int(node.site.split('.')[1]) if node.site in self.saes and part else node.layer
+    site = f'h.{layer}.resid.delta_{part}'
+    if site not in self.held or node.kind == 'layer':
+      return np.zeros((len(self.tokens), 1), bool)
+    x = self.base[site]
+    return (self.held[site](x) == self.held[site](x + 1)).all(-1)[0, :, None]
+
   def columns(self, nodes: list[schema.Node]) -> dict[str, np.ndarray]:
     """Returns the columns [node] of a table; nan where undefined."""
     found = {name: np.full(len(nodes), np.nan) for name in COLUMNS}
@@ -366,10 +377,12 @@ class Reference:
       by_site.setdefault(self.part(node)[0], []).append(i)
     for site, numbers in by_site.items():
       parts = np.stack([self.part(nodes[i])[1] for i in numbers])
-      writes = np.stack([self.write(nodes[i]) for i in numbers])
-      found['total_effect'][numbers] = self.slope(site, parts)
+      writes, cut = (np.stack([f(nodes[i]) for i in numbers]) for f in (self.write, self.cut))
+      lost = cut & np.array([nodes[i].kind == 'bias' for i in numbers])[:, None, None]  # added behind what is held
+      found['total_effect'][numbers] = self.slope(site, np.where(lost, 0, parts) if lost.any() else parts)
       upstream = np.array([self.is_upstream(nodes[i]) for i in numbers])
-      found['direct_effect'][numbers] = np.where(upstream, self.slope(self.reading.stream, writes), 0)
+      direct = self.slope(self.reading.stream, np.where(cut, 0, writes))
+      found['direct_effect'][numbers] = np.where(upstream, direct, 0)
       for i, mine, write_td in zip(numbers, parts, writes, strict=True):
         kind = nodes[i].kind
         if kind in ('head', 'neuron', 'latent'):
