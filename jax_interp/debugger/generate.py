@@ -58,6 +58,8 @@ def _ablation(subject, ablation, n_prompt, n_slots) -> sites.Edit:
   interventions.check(subject, ablation, tuple(subject.saes))
   first = subject.position(ablation.first, n_prompt, 'first')
   end = n_slots if ablation.last == -1 else subject.position(ablation.last, n_prompt, 'last') + 1
+  if first >= end:
+    raise ValueError(f'an ablation from token {first} to {end - 1} is of none; give first and last in order')
   chosen_t = (np.arange(n_slots) >= first) & (np.arange(n_slots) < end)
   if ablation.source is not None:
     raise ValueError('one token pair cannot be ablated while generating; leave out the source')
@@ -70,7 +72,9 @@ def _ablation(subject, ablation, n_prompt, n_slots) -> sites.Edit:
     case 'head':
       site, mask = f'h.{ablation.layer}.attn.v_out', chosen_t[:, None, None] & only(config.n_head)[:, None]
       if not mean and ablation.to.value:
-        site, mask = f'h.{ablation.layer}.attn.qk_probs', chosen_t[:, None] & only(config.n_head)[:, None, None]
+        behind_ts = np.tri(n_slots, dtype=bool)  # what is attended to stays behind
+        mask = chosen_t[:, None] & only(config.n_head)[:, None, None] & behind_ts
+        site = f'h.{ablation.layer}.attn.qk_probs'
     case 'neuron':
       site, mask = f'h.{ablation.layer}.mlp.post_act', chosen_t[:, None] & only(config.n_neurons)
     case 'latent':
