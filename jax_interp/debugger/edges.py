@@ -116,7 +116,7 @@ def _out_to_latents(block, sae, name, stream_td, write_td, grads, frozen, n):
 
 
 def _top(x, n):
-  indices = effects.largest(jnp.abs(x), min(n, x.size))
+  indices = effects.largest(jnp.abs(x).reshape(-1), min(n, x.size))
   return indices, x.reshape(-1)[indices]
 
 
@@ -164,16 +164,16 @@ def _into(subject, prepared, run, request):
   frozen, traced_sae = np.bool_(request.frozen), -1
   if node.kind == 'head':
     stream, cell = 2 * node.layer, (node.index, node.token, node.source)
-    grads = effects.layer_acts(run, node.layer)[1]
+    grads = effects.unbatched(effects.layer_acts(run, node.layer)[1])[0]
     grad_td = _into_head(model.h[node.layer], _stream(run, stream), grads, frozen, request.through, np.array(cell))
   elif node.kind == 'neuron':
     stream, cell = 2 * node.layer + 1, (node.token, node.index)
-    grads = effects.layer_acts(run, node.layer)[1]
+    grads = effects.unbatched(effects.layer_acts(run, node.layer)[1])[0]
     grad_td = _into_neuron(model.h[node.layer], _stream(run, stream), grads, frozen, np.array(cell))
   else:
     stream, cell = objectives.read_from(node.site), (node.token, node.index)
     layer, name = objectives.split_site(node.site)
-    grads, traced_sae = effects.own_acts(run, node.site)[1], list(saes).index(node.site)
+    grads, traced_sae = effects.unbatched(effects.own_acts(run, node.site)[1])[0], list(saes).index(node.site)
     block = model.h[layer or 0]
     grad_td = _into_latent(block, saes[node.site], name, _before(run, node.site), grads, frozen, np.array(cell))
   local = dataclasses.replace(run, grad_td=grad_td, stream=jnp.asarray(stream), traced_sae=jnp.asarray(traced_sae))
@@ -229,7 +229,7 @@ def _out(subject, prepared, run, request, progress):
   n_head, n_neurons = model.config.n_head, model.config.n_neurons
   found = []
   for i, block in enumerate(model.h):
-    grads = effects.layer_acts(run, i)[1]
+    grads = effects.unbatched(effects.layer_acts(run, i)[1])[0]
     if begin <= 2 * i:
       for through in 'qkv':
         top = _out_to_heads(block, _stream(run, 2 * i), write_td, grads, frozen, through, n)
@@ -241,7 +241,7 @@ def _out(subject, prepared, run, request, progress):
   for site, sae in saes.items():
     if begin <= objectives.read_from(site) and site != node.site:
       layer, name = objectives.split_site(site)
-      grads = effects.own_acts(run, site)[1]
+      grads = effects.unbatched(effects.own_acts(run, site)[1])[0]
       top = _out_to_latents(model.h[layer or 0], sae, name, _before(run, site), write_td, grads, frozen, n)
       found.append((('latent', site, None), (t, sae.n_latents), top))
   rows = []

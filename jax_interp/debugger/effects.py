@@ -26,6 +26,7 @@ BLOCK = 256  # how many numbers are compared by their largest first, when the la
 ROWS = (16, 64, 256, 1024)  # nodes of a layer are described in lots of one of these sizes
 LOTS = (10, 30, 100, 300, 1000)  # as many of the largest are sought, so that few numbers are compiled
 PARTS = ('attn', 'mlp')  # of a layer
+INNER = {'attn': ('v_out', 'delta_attn'), 'mlp': ('post_act', 'delta_mlp')}  # sites of what each adds
 STREAMS = ('post_attn', 'post_mlp', '_ln.scale')
 
 Array = jax.Array
@@ -155,18 +156,30 @@ def to_stream(model, site: str, x: Array) -> Array:
   return x.astype(jnp.float32)
 
 
-def is_upstream(run: Run, saes: Mapping, site: str) -> Array:
-  """Returns whether the stream that the objective is read from holds what a site, or the SAE there, writes."""
-  number = list(saes).index(site) if site in saes else -2
-  return (writes_to(site) <= run.stream) & (run.traced_sae != number)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['written', 'number', 'cut_t'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """What writes at a site: the first stream that holds it, the number of the SAE there or -2, and `Run.cut` of it."""
+
+  written: np.ndarray
+  number: np.ndarray
+  cut_t: Array
+
+  def is_upstream(self, run: Run) -> Array:
+    """Returns whether the stream that the objective is read from holds what is written, cut or not."""
+    return (self.written <= run.stream) & (run.traced_sae != self.number)
+
+  def reaches(self, run: Run) -> Array:
+    """Returns at which tokens [token] that stream holds it."""
+    return self.is_upstream(run) & ~self.cut_t
 
 
-def reaches(run: Run, saes: Mapping, site: str) -> Array:
-  """Returns whether what a site, or the SAE there, writes at each token [token] is in that stream; see `Run.cut`."""
-  inner = site.endswith(('v_out', 'post_act'))
-  part = 'attn' if site.endswith('v_out') else 'mlp'
-  cut = run.cut[f'h.{site.split(".")[1]}.resid.delta_{part}'] if inner else jnp.zeros(len(run.grad_td), bool)
-  return is_upstream(run, saes, site) & ~cut
+def writer(run: Run, saes: Mapping, site: str) -> Writer:
+  """Returns what writes at a site of a layer's attention or MLP, or the SAE at any."""
+  part = next((part for part, names in INNER.items() if site.endswith(names)), None)
+  held = part is not None and (site not in saes or site.endswith(('v_out', 'post_act')))
+  cut_t = run.cut[f'h.{site.split(".")[1]}.resid.delta_{part}'] if held else np.zeros(len(run.grad_td), bool)
+  return Writer(np.int32(writes_to(site)), np.int32(list(saes).index(site) if site in saes else -2), cut_t)
 
 
 # Describing nodes
@@ -239,10 +252,9 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
     if key == 'embedding':
       described = _describe_embedding(run, rows)
     elif key in saes:
-      reach_t = reaches(run, saes, key)
-      described = _describe_sae(model, saes[key], key, *own_acts(run, key), run, reach_t, rows)
+      described = _describe_sae(model, saes[key], key, *own_acts(run, key), bare(run), writer(run, saes, key), rows)
     else:
-      described = _describe_layer(model.h[key], *layer_acts(run, key), run, *_layer_reach(run, key), rows)
+      described = _describe_layer(model.h[key], *layer_acts(run, key), bare(run), _writers(run, key), rows)
     found.append(described)
     numbers.append(mine)
   cut = lambda mine, described: jax.tree.map(operator.itemgetter(slice(len(mine))), described)
@@ -252,26 +264,34 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
 
 
 def layer_acts(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns activations and gradients of a layer, by the last part of their names, without the batch."""
+  """Returns activations and gradients of a layer, [1, ...] each, by the last part of their names."""
   prefix = f'h.{layer}.'
 
   def of(found):
     names = [site for site in found if site.startswith(prefix) and not site.endswith(sites.SPLICED)]
-    return {site.removeprefix(prefix).split('.', 1)[1]: found[site][0] for site in names if '_ln.' not in site}
+    return {site.removeprefix(prefix).split('.', 1)[1]: found[site] for site in names if '_ln.' not in site}
 
   return of(run.acts), of(run.grads)
 
 
 def own_acts(run: Run, site: str) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns activations and gradients of the SAE at a site: '.input', '.latents', '.error', without the batch."""
-  of = lambda found: {name: found[site + name][0] for name in sites.SPLICED if site + name in found}
+  """Returns activations and gradients of the SAE at a site, [1, ...] each: '.input', '.latents', '.error'."""
+  of = lambda found: {name: found[site + name] for name in sites.SPLICED if site + name in found}
   return of(run.acts), of(run.grads)
 
 
-def _layer_reach(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns {part: whether that stream holds what it adds} of a layer, and {part: [token]} of `Run.cut`."""
-  names = {part: f'h.{layer}.resid.delta_{part}' for part in PARTS}
-  return {part: is_upstream(run, {}, site) for part, site in names.items()}, {p: run.cut[names[p]] for p in PARTS}
+def unbatched(*found: dict[str, Array]) -> tuple[dict[str, Array], ...]:
+  """Returns the arrays [1, ...] of dicts without their first axis; for callers inside `jax.jit`, where it is free."""
+  return jax.tree.map(lambda x: x[0], found)
+
+
+def bare(run: Run) -> Run:
+  """Returns a run without its large dicts, of which a call would pass every array."""
+  return dataclasses.replace(run, acts={}, grads={}, cut={})
+
+
+def _writers(run: Run, layer: int) -> dict[str, Writer]:
+  return {part: writer(run, {}, f'h.{layer}.resid.delta_{part}') for part in PARTS}
 
 
 @jax.jit
@@ -288,8 +308,9 @@ def _described(activation, write_nd, run, rows, total, upstream) -> Described:
 
 
 @jax.jit
-def _describe_layer(block, acts, grads, run, upstream, cut, rows) -> Described:
-  of, reach = rows.of, {part: upstream[part] & ~cut[part] for part in PARTS}
+def _describe_layer(block, acts, grads, run, writers, rows) -> Described:
+  acts, grads = unbatched(acts, grads)
+  of, reach = rows.of, {part: writers[part].reaches(run) for part in PARTS}
   probs_hts, v_sgc, v_out_thc = acts['qk_probs'], acts['v'], acts['v_out']
   n_head = len(probs_hts)
   kept_t = jnp.arange(len(run.grad_td)) < run.n_tokens
@@ -316,8 +337,8 @@ def _describe_layer(block, acts, grads, run, upstream, cut, rows) -> Described:
     delta_nd = jnp.where(whole[:, None], acts[f'delta_{part}'][token].astype(jnp.float32), _output_bias(layer))
     write_nd = jnp.where(mine[:, None], delta_nd, write_nd)
     effect_n = (delta_nd * grads[f'delta_{part}'][token]).sum(-1)
-    total = jnp.where(mine, jnp.where(whole | ~cut[part][token], effect_n, 0), total)
-    reached = jnp.where(mine, jnp.where(whole, upstream[part], reach[part][token]), reached)
+    total = jnp.where(mine, jnp.where(whole | ~writers[part].cut_t[token], effect_n, 0), total)
+    reached = jnp.where(mine, jnp.where(whole, writers[part].is_upstream(run), reach[part][token]), reached)
   activation = jnp.where(of('head'), probs_n, jnp.where(of('neuron'), post_act_n, jnp.nan))
   activation = jnp.where(of('bias'), 1.0, activation)
   found = _described(activation, write_nd, run, rows, total, reached)
@@ -331,7 +352,8 @@ def _describe_layer(block, acts, grads, run, upstream, cut, rows) -> Described:
 
 
 @functools.partial(jax.jit, static_argnames='site')
-def _describe_sae(model, sae, site, acts, grads, run, reach_t, rows) -> Described:
+def _describe_sae(model, sae, site, acts, grads, run, writer, rows) -> Described:
+  acts, grads = unbatched(acts, grads)
   of, token = rows.of, jnp.maximum(rows.token, 0)
   _, norm_n = sae.normalize(acts['.input'][token])
   latent = jnp.clip(rows.index, 0, sae.n_latents - 1)
@@ -344,7 +366,7 @@ def _describe_sae(model, sae, site, acts, grads, run, reach_t, rows) -> Describe
   )
   own_nx = jnp.where(of('latent')[:, None], latents_n[:, None] * sae.decoder[...][latent] * scale_n1, own_nx)
   activation = jnp.where(of('latent'), latents_n, jnp.where(of('bias'), 1.0, jnp.nan))
-  return _described(activation, to_stream(model, site, own_nx), run, rows, total, reach_t[token])
+  return _described(activation, to_stream(model, site, own_nx), run, rows, total, writer.reaches(run)[token])
 
 
 def _output_bias(layer) -> Array:
@@ -366,43 +388,42 @@ def lot_of(n: int) -> int:
 
 
 def largest(x: Array, k: int) -> Array:
-  """Returns the flat indices of the k largest; the earlier of equal ones.
+  """Returns the indices [..., k] of the k largest along the last axis; the earlier of equal ones.
 
   The k largest lie in the k blocks of the largest maxima, so that one pass over x and two short sorts are enough.
   """
-  flat = x.reshape(-1)
-  flat = jnp.pad(flat, (0, -len(flat) % BLOCK), constant_values=-jnp.inf).reshape(-1, BLOCK)
-  if len(flat) <= k:
-    return jax.lax.top_k(flat.reshape(-1), min(k, x.size))[1]
-  blocks = jnp.sort(jax.lax.top_k(flat.max(1), k)[1])
-  within = jax.lax.top_k(flat[blocks].reshape(-1), k)[1]
-  return blocks[within // BLOCK] * BLOCK + within % BLOCK
+  lead, n = x.shape[:-1], x.shape[-1]
+  if n <= k * BLOCK:
+    return jax.lax.top_k(x, min(k, n))[1]
+  blocks = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -n % BLOCK)], constant_values=-jnp.inf).reshape(*lead, -1, BLOCK)
+  chosen = jnp.sort(jax.lax.top_k(blocks.max(-1), k)[1])
+  within = jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*lead, -1)
+  place = jax.lax.top_k(within, k)[1]
+  return jnp.take_along_axis(chosen, place // BLOCK, -1) * BLOCK + place % BLOCK
 
 
 def _extremes(columns: Sequence[Array], valid: Array, k: int) -> tuple[Array, Array]:
   """Returns flat indices [column, 2, k] of the largest and smallest that are valid, and their values."""
-  indices, values = [], []
-  for column in columns:
-    column = jnp.where(valid, column, 0)
-    found = jnp.stack([largest(column, k), largest(-column, k)])
-    missing = ((0, 0), (0, k - found.shape[1]))  # where there are fewer nodes than k
-    indices.append(jnp.pad(found, missing))
-    values.append(jnp.pad(column.reshape(-1)[found], missing))
-  return jnp.stack(indices), jnp.stack(values)
+  flat = jnp.stack([jnp.where(valid, column, 0).reshape(-1) for column in columns])
+  both = jnp.stack([flat, -flat], 1)
+  indices = largest(both, k)
+  values = jnp.take_along_axis(both, indices, -1) * jnp.array([[1.0], [-1.0]])
+  missing = ((0, 0), (0, 0), (0, k - indices.shape[-1]))  # where there are fewer nodes than k
+  return jnp.pad(indices, missing), jnp.pad(values, missing)
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'with_heads', 'with_neurons'))
-def _layer_extremes(block, acts, grads, run, upstream, cut, k, with_heads, with_neurons):
+def _layer_extremes(block, acts, grads, run, writers, k, with_heads, with_neurons):
   """Returns the extremes of one layer's heads and neurons, and sums over them."""
-  reach = {part: upstream[part] & ~cut[part] for part in PARTS}
+  acts, grads = unbatched(acts, grads)
+  reach = {part: writers[part].reaches(run) for part in PARTS}
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
   probs_hts, v_sgc = acts['qk_probs'], acts['v']
   n_head, n_tokens, _ = probs_hts.shape
   kernel_hcd = block.attn.c_proj.kernel[...]
   v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
-  norm = lambda x_thc: jnp.linalg.norm(
-    jnp.einsum('thc,hcd->htd', x_thc, kernel_hcd, preferred_element_type=jnp.float32), axis=-1
-  )
+  gram_hce = jnp.einsum('hcd,hed->hce', kernel_hcd, kernel_hcd, preferred_element_type=jnp.float32)
+  norm = lambda x_thc: jnp.sqrt(jnp.maximum(jnp.einsum('thc,hce,the->ht', x_thc, gram_hce, x_thc), 0))
   reads_thc = head_reads(block, run.grad_td)
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
   total_hts, direct_hts = probs_hts * grads['qk_probs'], probs_hts * projected_hts * reach['attn'][:, None]
@@ -436,9 +457,10 @@ def _layer_extremes(block, acts, grads, run, upstream, cut, k, with_heads, with_
       'total_effect': (x_td * grad_td).sum(-1) * (kept_t & live_t),
       'direct_effect': (x_td * run.grad_td).sum(-1) * (kept_t & reach_t),
     }
-    layer_columns = columns(delta_td, True, upstream[name])
-    bias_columns = columns(jnp.broadcast_to(_output_bias(layer), delta_td.shape), ~cut[name], reach[name])
-    held = (layer_columns['direct_effect'] * cut[name]).sum()
+    layer_columns = columns(delta_td, True, writers[name].is_upstream(run))
+    cut_t = writers[name].cut_t
+    bias_columns = columns(jnp.broadcast_to(_output_bias(layer), delta_td.shape), ~cut_t, reach[name])
+    held = (layer_columns['direct_effect'] * cut_t).sum()
     parts[name] = {'layer': layer_columns, 'bias': bias_columns, 'held': held}
   sums = {'attention_to': total_hts.sum((0, 2)), 'attention_from': total_hts.sum((0, 1)), 'mlp': total_tn.sum(1)}
   sums['neurons'] = direct_neurons
@@ -446,8 +468,9 @@ def _layer_extremes(block, acts, grads, run, upstream, cut, k, with_heads, with_
 
 
 @functools.partial(jax.jit, static_argnames=('site', 'k'))
-def _sae_extremes(model, sae, site, acts, grads, run, reach_t, k):
+def _sae_extremes(model, sae, site, acts, grads, run, writer, k):
   """Returns the extremes of one SAE's latents, its error and bias by token, and sums."""
+  (acts, grads), reach_t = unbatched(acts, grads), writer.reaches(run)
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
   _, norm = sae.normalize(acts['.input'])
   scale_t1 = jnp.broadcast_to(norm.scale, (len(kept_t), 1))
@@ -515,7 +538,7 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
   n_tokens, sae_sites = int(run.n_tokens), tuple(saes)
   layers = [_layer(model, saes, run, i, lot) for i in range(model.config.n_layer)]
   own = {
-    site: _sae_extremes(model, sae, site, *own_acts(run, site), run, reaches(run, saes, site), lot)
+    site: _sae_extremes(model, sae, site, *own_acts(run, site), bare(run), writer(run, saes, site), lot)
     for site, sae in saes.items()
   }
   layers, own, embedding, objective, final_bias, stream, traced = jax.device_get(
@@ -560,8 +583,8 @@ def _layer(model, saes, run, i, lot):
   return _layer_extremes(
     model.h[i],
     *layer_acts(run, i),
-    run,
-    *_layer_reach(run, i),
+    bare(run),
+    _writers(run, i),
     lot,
     not stands_for('attn.v_out', 'resid.delta_attn'),
     not stands_for('mlp.post_act', 'resid.delta_mlp'),

@@ -363,13 +363,20 @@ def warm(subject: Subject, lengths: Sequence[int] = LENGTHS[:3], progress: Progr
     tokens = [0] * length
     saes = dict(sorted(subject.saes.items()))
     prepared = Prepared(tokens, length, subject.pad(tokens), saes, held_by(subject, saes, [], length), None, None)
-    prepared = _asked(subject, prepared, schema.Entropy())
+    prepared = _asked(subject, prepared, schema.KL())
     found_run = run(subject, prepared)
     nodes = effects.find(subject.model, prepared.saes, found_run, 10, False).nodes
     described = effects.describe(subject.model, prepared.saes, found_run, nodes)
     lens.candidates(subject, found_run.acts['resid.post_ln_f'][0], length - 1, [])
     lens.node_tokens(subject, prepared.saes, found_run, nodes, described, 10)
     value(subject, prepared)
+    # However many nodes of a layer or SAE a table of 10 a list has.
+    first = [schema.Node(kind='embedding', token=0), schema.Node(kind='neuron', layer=0, token=0, index=0)]
+    first += [schema.Node(kind='latent', site=site, token=0, index=0) for site in saes]
+    for size in effects.ROWS[:3]:
+      effects.describe(subject.model, saes, found_run, first * size)
+      lens.excited(subject.model, saes, found_run, first * size)
+      lens.attributed(subject.model, saes, found_run, first * size)
 
 
 def checked(subject, prepared, node):

@@ -23,7 +23,7 @@ N_ATTRIBUTED = 3  # tokens that an attention latent is attributed to
 def _both_ends(scores_nv, n):
   """Returns indices [2, row, n] of the largest and the smallest of each row, and their values."""
   ends = jnp.stack([scores_nv, -scores_nv])
-  indices = jax.vmap(jax.vmap(functools.partial(effects.largest, k=n)))(ends)
+  indices = effects.largest(ends, n)
   return indices, jnp.take_along_axis(jnp.stack([scores_nv] * 2), indices, -1)
 
 
@@ -127,7 +127,7 @@ def attributed(model, saes: Mapping, run: effects.Run, nodes: Sequence[schema.No
   found = {}
   for key, (numbers, rows) in effects.groups(nodes, tuple(saes)).items():
     if key in saes and key.endswith(('v_out', 'delta_attn')):
-      layer, own = effects.layer_acts(run, int(key.split('.')[1]))[0], effects.own_acts(run, key)[0]
+      layer, own = effects.unbatched(effects.layer_acts(run, int(key.split('.')[1]))[0], effects.own_acts(run, key)[0])
       attributions = jax.device_get(_attributions(model, saes[key], key, layer | own, rows.token, rows.index))
       latents = [(i, n) for i, n in enumerate(numbers) if nodes[n].kind == 'latent']
       found |= {number: attributions[i, : int(run.n_tokens)] for i, number in latents}

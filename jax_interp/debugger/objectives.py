@@ -29,7 +29,7 @@ READS = ('resid.post_ln_f', 'h.*.mlp.pre_act', 'h.*.attn.q', 'h.*.attn.k', 'h.*.
     'kind', 'positions_k', 'tokens_k', 'weights_k', 'log_probs_v', 'direction_d', 'stream', 'layer', 'token', 'source',
     'index', 'through',
   ],
-  meta_fields=[],
+  meta_fields=['n_read'],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -46,6 +46,7 @@ class Question:
     layer, token, source, index: of the node that NEURON, LATENT, ATTENTION, WRITE are of; of LATENT, layer is the
       number of the SAE among those spliced in. `token` is where every objective is read last.
     through: two booleans, whether gradients pass queries, and keys.
+    n_read: at how many of positions_k the whole distribution of the next token is needed; another number compiles.
   """
 
   kind: int
@@ -60,6 +61,7 @@ class Question:
   source: int
   index: int
   through: np.ndarray
+  n_read: int
 
 
 def stream_site(stream: int) -> str:
@@ -107,6 +109,7 @@ def question(
     'source': 0,
     'index': 0,
     'through': np.array([False, False]),
+    'n_read': 0,
   }
   match objective:
     case schema.LogitDifference() | schema.LogProbability():
@@ -114,15 +117,19 @@ def question(
       groups = [(objective.targets, 1.0), (getattr(objective, 'distractors', []), -1.0)]
       pairs = [(subject.token(text), sign / len(texts)) for texts, sign in groups for text in texts]
       fields |= _slots([(t, token, weight) for token, weight in _merged(pairs)]) | {'token': t}
-      fields['kind'] = LOGITS if objective.kind == 'logit_difference' else LOG_PROBS
+      if objective.kind == 'logit_difference':
+        fields['kind'] = LOGITS
+      else:
+        fields |= {'kind': LOG_PROBS, 'n_read': 1}
     case schema.Continuation():
       positions = range(n_prompt - 1, n_tokens - 1)
       if not 1 <= len(positions) <= N_SLOTS:
         raise ValueError(f'the continuation has {len(positions)} tokens; give 1 to {N_SLOTS}')
-      fields |= _slots([(t, tokens[t + 1], 1.0) for t in positions]) | {'kind': TEXT}
+      fields |= _slots([(t, tokens[t + 1], 1.0) for t in positions]) | {'kind': TEXT, 'n_read': N_SLOTS}
     case schema.KL() | schema.Entropy():
       t = at(objective.token, n_prompt)
-      fields |= _slots([(t, 0, 1.0)]) | {'token': t, 'kind': KL if objective.kind == 'kl' else ENTROPY}
+      fields |= _slots([(t, 0, 1.0)]) | {'token': t, 'n_read': 1}
+      fields['kind'] = KL if objective.kind == 'kl' else ENTROPY
     case schema.Projection():
       sites = [stream_site(i) for i in range(last_stream + 1)]
       if objective.site not in sites:
@@ -250,53 +257,52 @@ def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: di
   for site in saes:
     layer, name = split_site(site)
     inputs.append((embedding if layer is None else layers[layer])[f'{name}.input'].astype(jnp.float32))
+  # What is large (unembedding, kernels, encoders) stays outside of the branches: XLA would copy it into each.
+  z_kd, index = z_kd.astype(jnp.float32), question.index
+  read_kv = jnp.einsum('kd,vd->kv', z_kd[: question.n_read], model.unembedding, preferred_element_type=jnp.float32)
+  kernel_cd = jnp.stack([block.attn.c_proj.kernel[...][index] for block in model.h])[question.layer]
+  pairs = zip(saes.values(), inputs, strict=True)
   small = {
-    'z_kd': z_kd.astype(jnp.float32),
+    'logits_k': jnp.einsum('kd,kd->k', z_kd, model.unembedding[question.tokens_k].astype(jnp.float32)),
+    'log_probs_kv': jax.nn.log_softmax(read_kv),
     'x_d': jnp.stack(streams)[question.stream].astype(jnp.float32),
     'pre_act': at_layer('mlp.pre_act'),
-    'inputs': inputs,
+    'latents': [pre_activation(sae, x_d, index) for sae, x_d in pairs],
     'q_c': held(at_layer('attn.q'), question.through[0]),
     'k_c': held(at_layer('attn.k'), question.through[1]),
     'v_c': at_layer('attn.v'),
     'prob': held(at_layer('attn.qk_probs'), question.through.any()),
+    'read_c': kernel_cd.astype(jnp.float32) @ question.direction_d,
   }
-  out_lcd = lambda: jnp.stack([block.attn.c_proj.kernel[...][question.index] for block in model.h])[question.layer]
-
-  def logits(x):
-    return jnp.einsum('kd,kd,k->', x['z_kd'], model.unembedding[question.tokens_k], question.weights_k)
 
   def log_probs(x):
-    return jnp.sum(_log_probs(model, x['z_kd'][:1])[0, question.tokens_k] * question.weights_k)
+    first_v = x['log_probs_kv'][0]
+    return jnp.sum(first_v[question.tokens_k] * question.weights_k)
 
   def text(x):
-    found = jnp.take_along_axis(_log_probs(model, x['z_kd']), question.tokens_k[:, None], 1)[:, 0]
-    return jnp.sum(found * question.weights_k)
+    found_k = jnp.take_along_axis(x['log_probs_kv'], question.tokens_k[:, None], 1)[:, 0]
+    return jnp.sum(found_k * question.weights_k)
 
   def kl(x):
-    log_probs_v = _log_probs(model, x['z_kd'][:1])[0]
-    return jnp.sum(jnp.exp(question.log_probs_v) * (question.log_probs_v - log_probs_v))
+    first_v = x['log_probs_kv'][0]
+    return jnp.sum(jnp.exp(question.log_probs_v) * (question.log_probs_v - first_v))
 
   def entropy(x):
-    log_probs_v = _log_probs(model, x['z_kd'][:1])[0]
-    return -jnp.sum(jnp.exp(log_probs_v) * log_probs_v)
+    first_v = x['log_probs_kv'][0]
+    return -jnp.sum(jnp.exp(first_v) * first_v)
 
-  def latent(x):
-    if not saes:
-      return jnp.zeros(())
-    pairs = zip(saes.values(), x['inputs'], strict=True)
-    return jnp.stack([pre_activation(sae, x_d, question.index) for sae, x_d in pairs])[question.layer]
-
+  nothing = lambda x: jnp.zeros(())  # where no distribution was computed
   branches = {
-    LOGITS: logits,
-    LOG_PROBS: log_probs,
-    TEXT: text,
-    KL: kl,
-    ENTROPY: entropy,
+    LOGITS: lambda x: x['logits_k'] @ question.weights_k,
+    LOG_PROBS: log_probs if question.n_read else nothing,
+    TEXT: text if question.n_read == N_SLOTS else nothing,
+    KL: kl if question.n_read else nothing,
+    ENTROPY: entropy if question.n_read else nothing,
     PROJECTION: lambda x: x['x_d'] @ question.direction_d,
     NEURON: lambda x: x['pre_act'],
-    LATENT: latent,
+    LATENT: lambda x: jnp.stack(x['latents'])[question.layer] if saes else nothing(x),
     ATTENTION: lambda x: x['q_c'] @ x['k_c'] * x['q_c'].shape[0] ** -0.5,
-    WRITE: lambda x: x['prob'] * (x['v_c'] @ (out_lcd().astype(jnp.float32) @ question.direction_d)),
+    WRITE: lambda x: x['prob'] * (x['v_c'] @ x['read_c']),
   }
   return jax.lax.switch(question.kind, [branches[kind] for kind in sorted(branches)], small)
 
@@ -307,10 +313,6 @@ def split_site(site: str) -> tuple[int | None, str]:
     return None, site
   _, layer, name = site.split('.', 2)
   return int(layer), name
-
-
-def _log_probs(model, z_kd):
-  return jax.nn.log_softmax(jnp.einsum('kd,vd->kv', z_kd, model.unembedding, preferred_element_type=jnp.float32))
 
 
 def pre_activation(sae, x_d: jax.Array, index) -> jax.Array:
