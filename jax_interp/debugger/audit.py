@@ -172,7 +172,7 @@ def held_objectives(
   x, slopes = _embeddings(x_td, {s: saes[s] for s in own}, held, question, first(size), values_b[:size], numbers(own))
   x, embedding = x
   x, embedding = (x, slopes[0] if with_slope else None), (embedding, slopes[1])
-  found = []
+  found, anything = [], dataclasses.replace(question, n_read=0)  # layers are compiled once for all objectives
   for i, block in enumerate(model.h):
     size = max(size, _size(bisect.bisect(layers, i)))
     own = of_layer(i)
@@ -182,7 +182,7 @@ def held_objectives(
       _widened(x, size),
       interventions.of_layer(held, i),
       prepared.shifts,
-      question,
+      anything,
       first(size),
       values_b[:size],
       np.int32(i),

@@ -139,7 +139,9 @@ def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.Edg
     mine = [ablation for ablation in ablations if ablation.layer == layer]
     nodes = [checked(subject, prepared, ablation.node) for ablation in mine]
     so_far = dataclasses.replace(prepared, shifts=interventions.Shifts(layers.copy(), deltas))
-    found = run(subject, _asked(subject, so_far, schema.Entropy()))
+    # Whatever the objective, the writes are the same; this one is compiled with most others.
+    nothing = schema.Projection(site='resid.post_emb', direction=[0.0] * config.d_model)
+    found = run(subject, _asked(subject, so_far, nothing))
     write_nd = effects.describe(subject.model, prepared.saes, found, nodes).write_nd
     stream_td = jax.device_get(found.acts[objectives.stream_site(2 * layer)][0])
     layers[slot] = layer
@@ -356,7 +358,10 @@ def _value_norms(block, v_sgc, head):
 
 
 def warm(subject: Subject, lengths: Sequence[int] = LENGTHS[:3], progress: Progress = silent):
-  """Compiles what plain requests of prompts up to these many tokens need, with and without ablations and traces."""
+  """Compiles what requests of prompts up to these many tokens need, ablated to numbers or not, traced or not.
+
+  Tables are of 10 a list. Continuations, values of other runs and edges that are cut are compiled when first asked for.
+  """
   lengths = sorted({min(length, subject.model.config.n_ctx) for length in lengths})
   for i, length in enumerate(lengths):
     progress(i / len(lengths), f'compiling for prompts of {length} tokens')
@@ -364,12 +369,14 @@ def warm(subject: Subject, lengths: Sequence[int] = LENGTHS[:3], progress: Progr
     saes = dict(sorted(subject.saes.items()))
     prepared = Prepared(tokens, length, subject.pad(tokens), saes, held_by(subject, saes, [], length), None, None)
     prepared = _asked(subject, prepared, schema.KL())
-    found_run = run(subject, prepared)
+    for n_read in (0, 1):  # objectives that read no distribution, and those that read one
+      asked = dataclasses.replace(prepared, question=dataclasses.replace(prepared.question, n_read=n_read))
+      found_run = run(subject, asked)
+      value(subject, asked)
     nodes = effects.find(subject.model, prepared.saes, found_run, 10, False).nodes
     described = effects.describe(subject.model, prepared.saes, found_run, nodes)
     lens.candidates(subject, found_run.acts['resid.post_ln_f'][0], length - 1, [])
     lens.node_tokens(subject, prepared.saes, found_run, nodes, described, 10)
-    value(subject, prepared)
     # However many nodes of a layer or SAE a table of 10 a list has.
     first = [schema.Node(kind='embedding', token=0), schema.Node(kind='neuron', layer=0, token=0, index=0)]
     first += [schema.Node(kind='latent', site=site, token=0, index=0) for site in saes]
