@@ -22,8 +22,11 @@ def prompts(settings, tokenizer, rng: np.random.Generator) -> list[dict[str, str
   """Returns `settings.n_prompts` times {'prompt', 'counterfactual', 'target', 'distractor'}, all of one length.
 
   Raises:
-    ValueError: a field of the template has no values, or too few of one token; or the prompts differ in length.
+    ValueError: a field of the template has no values, or too few of one token; or there are too few prompts, or they
+      differ in length.
   """
+  if settings.n_prompts < 2:
+    raise ValueError(f'debug.n_prompts is {settings.n_prompts}; give 2 or more, that there is an interval of a mean')
   texts = {name: settings[name] for name in ('template', 'counterfactual', 'target', 'distractor')}
   used = {field for text in texts.values() for _, field, _, _ in string.Formatter().parse(text) if field}
   n_tokens = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
@@ -60,6 +63,21 @@ def _requests(found, k):
   ]
 
 
+def _stop_if_asked():
+  if command.stopping():
+    raise command.Stopped('nothing is saved: run the same command again')
+
+
+def _shown_by(bar) -> engine.Progress:
+  """Returns progress that a bar of 100 shows."""
+
+  def progress(share, what):
+    _stop_if_asked()
+    bar.update(int(100 * share) - bar.n)
+
+  return progress
+
+
 def measured_heads(debugged: subject.Subject, requests, found) -> np.ndarray:
   """Returns [layer, head]: the mean over prompts of the objective minus that with the head as in the counterfactual."""
   config = debugged.model.config
@@ -71,8 +89,7 @@ def measured_heads(debugged: subject.Subject, requests, found) -> np.ndarray:
       ablation = schema.Ablation(kind='head', layer=0, index=0, to=to)
       ablated = engine.prepare(debugged, request.model_copy(update={'ablations': [ablation]}))
       for layer, head in np.ndindex(effects_lh.shape):
-        if command.stopping():
-          raise command.Stopped('nothing is saved: run the same command again')
+        _stop_if_asked()
         held = interventions.moved(ablated.held, layer, head)
         lost = clean - engine.value(debugged, dataclasses.replace(ablated, held=held))
         effects_lh[layer, head] += lost / len(requests)
@@ -106,21 +123,28 @@ def run(config, workdir):
   """Asks, or returns when that is done.
 
   Raises:
-    ValueError: as `prompts`, or the workdir was made with another config.
+    ValueError: as `prompts`; there is no config.debug, or the workdir was made with another config.
   """
+  if 'debug' not in config:
+    raise ValueError('config.debug is missing: it says what is asked; copy it from configs/brackets.py')
   settings, folder = config.debug, workdir / 'debug'
   loaded = command.subject(config, workdir)
   made_with = {'model': config.model, 'fingerprint': loaded.fingerprint, 'debug': settings, 'seed': config.seed}
   found = prompts(settings, loaded.tokenizer, np.random.default_rng(config.seed))
+  requests = _requests(found, settings.k)
+  asked = schema.CircuitRequest(
+    request=requests[0],
+    counterfactual=schema.OtherPrompt(prompt=found[0]['counterfactual']),
+    n_edges=settings.n_edges,
+    steps=settings.steps,
+  )
   if command.claim(folder, made_with):
     return
   debugged = subject.Subject(loaded.model, loaded.tokenizer, name=loaded.source)
-  requests = _requests(found, settings.k)
   print(f'{found[0]["prompt"]!r} -> {found[0]["target"]!r} and not {found[0]["distractor"]!r}')
 
   with command.progress(None, 100, 'train.debug: nodes', '%') as bar:
-    progress = lambda share, what: bar.update(int(100 * share) - bar.n)
-    template = compare.template(debugged, schema.TemplateRequest(requests=requests), progress)
+    template = compare.template(debugged, schema.TemplateRequest(requests=requests), _shown_by(bar))
   objective = np.array(template.objective)
   print(f'logit difference {objective.mean():.3f}, above 0 in {(objective > 0).sum()} of {len(objective)}')
   _print(template)
@@ -130,18 +154,12 @@ def run(config, workdir):
   for layer, head in zip(*np.unravel_index(order, effects_lh.shape), strict=True):
     print(f'h.{layer}.attn.{head:<16} {effects_lh[layer, head]:8.2f}')
 
-  asked = schema.CircuitRequest(
-    request=requests[0],
-    counterfactual=schema.OtherPrompt(prompt=found[0]['counterfactual']),
-    n_edges=settings.n_edges,
-    steps=settings.steps,
-  )
   with command.progress(None, 100, 'train.debug: circuit', '%') as bar:
-    progress = lambda share, what: bar.update(int(100 * share) - bar.n)
-    circuit = circuits.find(debugged, asked, progress)
+    circuit = circuits.find(debugged, asked, _shown_by(bar))
+  share = lambda x: 'undefined' if x is None else f'{x:.3f}'  # where cutting all edges changes nothing
   print(
     f'\na circuit of {len(circuit.edges)} of {circuit.n_possible} edges on the first prompt: faithfulness '
-    f'{circuit.faithfulness:.3f}, completeness {circuit.completeness:.3f}'
+    f'{share(circuit.faithfulness)}, completeness {share(circuit.completeness)}'
   )
   for edge in circuit.edges[:N_PRINTED]:
     lost = '' if edge.measured is None else f'   lost without it {edge.measured:8.2f}'

@@ -10,8 +10,6 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-NODE_KINDS = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'bias', 'error', 'head_total', 'layer')
-
 TokenText = Annotated[str, Field(max_length=200)]
 Position = Annotated[int, Field(ge=-(2**20), le=2**20)]
 Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -26,10 +24,31 @@ class Strict(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra='forbid', frozen=True)
 
 
+WHERE = {  # the fields that say where a node of each kind is
+  'embedding': ('token',),
+  'head': ('token', 'source', 'layer', 'index'),
+  'head_token': ('token', 'layer', 'index'),
+  'neuron': ('token', 'layer', 'index'),
+  'latent': ('token', 'index', 'site'),
+  'bias': ('token', 'layer', 'index', 'site'),  # the index of a head's own, of site 'q' or 'k'
+  'error': ('token', 'site'),
+  'head_total': ('layer', 'index'),
+  'layer': ('token', 'layer', 'site'),
+}
+
+
+def _has_no_other_place(asked):
+  """Refuses what says where a node is, but not one of its kind: it would be read as another, or listed twice."""
+  for name in ('token', 'source', 'layer', 'index', 'site'):
+    if getattr(asked, name, None) is not None and name not in WHERE[asked.kind]:
+      raise ValueError(f'{name} is no part of where a node of kind {asked.kind} is; leave it out')
+  return asked
+
+
 class Node(Strict):
   """A component at one token, or token pair, of a prompt."""
 
-  kind: Literal[NODE_KINDS] = Field(
+  kind: Literal[tuple(WHERE)] = Field(
     description='embedding: of a token. head: an attention head at a token pair. head_token: a head at a token, summed '
     'over what it attends to. neuron: of an MLP. latent: of an SAE. error: what an SAE does not reconstruct. bias: an '
     "output bias, of no other node; an SAE's pre-bias. head_total: a head, summed over all tokens. layer: all that the "
@@ -42,6 +61,8 @@ class Node(Strict):
   site: Site | None = Field(
     None, description="latent, error, and an SAE's bias: the site it is spliced into. bias, layer: 'attn' or 'mlp'."
   )
+
+  _place = pydantic.model_validator(mode='after')(_has_no_other_place)
 
   @property
   def label(self) -> str:
@@ -564,6 +585,8 @@ class LensRequest(Strict):
   index: Index = Field(description='Of the component.')
   n: int = Field(20, ge=1, le=100, description='Tokens of each list.')
 
+  _place = pydantic.model_validator(mode='after')(_has_no_other_place)
+
 
 class LensResponse(Strict):
   """Output side: what an activation of 1 adds to each logit. Input side: the pre-activation of each token alone."""
@@ -583,6 +606,8 @@ class ActsRequest(Strict):
   layer: Index | None = Field(None, description='None for a latent.')
   site: Site | None = Field(None, description='latent only: the site of its SAE.')
   index: Index = Field(description='Of the component.')
+
+  _place = pydantic.model_validator(mode='after')(_has_no_other_place)
 
 
 class ActsResponse(Strict):

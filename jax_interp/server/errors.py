@@ -26,11 +26,19 @@ CODES = {
   503: 'busy',
   504: 'time_limit',
 }
-# What Starlette's middleware says in plain text, in a sentence that names the way out.
+# What Starlette says in a few words, in a sentence that names the way out.
 _SENTENCES = {
+  'Not Found': 'there is nothing at this path; /docs lists what there is',
+  'Method Not Allowed': 'this path is asked by the method that the header Allow names; see /docs',
   'Invalid host header': 'the Host header names a host that this server does not go by; use 127.0.0.1 or localhost, '
   'or start it with --allow_host',
   'Content Too Large': 'the body is larger than this server takes; GET /api/model tells its limits',
+}
+# What pydantic says of these kinds of errors names neither what it found nor the way out.
+_FIELD_SENTENCES = {
+  'extra_forbidden': 'there is no such field; /docs lists those that there are',
+  'json_invalid': 'the body is no JSON from this character on: {error}',
+  'union_tag_not_found': 'the field {discriminator} is missing, which says what this is; /docs lists its values',
 }
 _log = logging.getLogger(__name__)
 
@@ -102,8 +110,14 @@ async def on_http(request, e: HTTPException) -> Response:
   return Failed(e.status_code, _SENTENCES.get(e.detail, e.detail), headers=e.headers).response()
 
 
+def _field(error: Mapping) -> InvalidField:
+  sentence = _FIELD_SENTENCES.get(error['type'])
+  message = error['msg'] if sentence is None else sentence.format_map(error.get('ctx', {}))
+  return InvalidField(field='.'.join(map(str, error['loc'])), message=message.removeprefix('Value error, '))
+
+
 async def on_invalid(request, e: exceptions.RequestValidationError) -> Response:
-  fields = [InvalidField(field='.'.join(map(str, x['loc'])), message=x['msg']) for x in e.errors()[:20]]
+  fields = [_field(x) for x in e.errors()[:20]]
   first = fields[0]
   return Failed(422, f'{first.field}: {first.message}', fields=fields).response()
 

@@ -174,6 +174,21 @@ def test_wrong_fields_are_named(client):
   assert fields == {'body.objective.logit_difference.targets', 'body.k'}
 
 
+@pytest.mark.parametrize(
+  ('path', 'content', 'sentence'),
+  [
+    ('/api/acts', b'{', 'the body is no JSON'),
+    ('/api/acts', json.dumps(ACTS | {'surplus': 1}).encode(), 'surplus: there is no such field'),
+    ('/api/debug', b'{"prompt": "x", "objective": {"targets": ["x"]}}', "objective: the field 'kind' is missing"),
+    ('/api/acts', json.dumps(ACTS | {'kind': 'neuron', 'site': 'x'}).encode(), 'site is no part of where a node'),
+    ('/api/nowhere', b'{}', 'there is nothing at this path'),
+  ],
+)
+def test_errors_name_the_way_out(client, path, content, sentence):
+  response = client.post(path, content=content, headers={'Content-Type': 'application/json'})
+  assert sentence in _error(response)['message']
+
+
 def test_the_limit_of_tokens_holds_for_every_prompt_of_a_request(client):
   long = {'prompt': 'x' * 2001, 'objective': {'kind': 'entropy'}}
   short = long | {'prompt': 'x'}

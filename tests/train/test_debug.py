@@ -57,6 +57,7 @@ def test_every_answer_carries_its_request(answer):
   ('change', 'message'),
   [
     ({'target': '{nobody}'}, 'nobody'),
+    ({'n_prompts': 1}, 'debug.n_prompts is 1; give 2 or more'),
     ({'counterfactual': '>>> np.{function}({a}'}, 'must all have as many'),
     ({'fields': [{'names': ('function', 'a', 'b', 'c'), 'values': ('array', 'scaled_dot_product')}]}, 'give more'),
   ],
