@@ -12,7 +12,8 @@ measured: runs with edges cut, by masks that are arrays, so that one compiled la
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ MAX_LOT = 8  # runs that are computed together
 MAX_NUMBERS = 2**27  # of what is written and read by a lot of them, so that long prompts fit into memory
 MAX_MEASURED = 300  # edges that are cut one by one
 READ = ('resid.post_attn', 'resid.post_mlp', 'attn.q', 'attn.k', 'attn.v', 'attn.qk_probs', 'mlp.pre_act')
-WRITTEN = ('attn.v_out', 'resid.delta_attn.is_live', 'resid.delta_mlp')
+WRITTEN = ('attn.v_out', 'resid.delta_mlp')
 
 
 # The graph
@@ -224,7 +225,7 @@ def _embedding(model, saes, tokens_bt, held):
 
 
 @jax.jit
-def _start(embedding, counterfactual_wtd, question, share_b):
+def _start(embedding, counterfactual_wtd, token, share_b):
   """Returns the stream [run, token, d] of embeddings that are a share the prompt's and the rest the counterfactual.
 
   And the differences [run, writer, token, d] between writes and counterfactuals, of the embedding alone; and what the
@@ -234,7 +235,7 @@ def _start(embedding, counterfactual_wtd, question, share_b):
   x_btd = (embedding['resid.post_emb'] - away_btd).astype(embedding['resid.post_emb'].dtype)
   shape = len(share_b), *counterfactual_wtd.shape
   diffs_bwtd = jnp.zeros(shape, jnp.float32).at[:, 0].set(x_btd - counterfactual_wtd[0])
-  return x_btd, diffs_bwtd, {site: x[question.token] - away_btd[:, question.token] for site, x in embedding.items()}
+  return x_btd, diffs_bwtd, {site: x[token] - away_btd[:, token] for site, x in embedding.items()}
 
 
 def _cut(cut_brw, diffs_bwtd):
@@ -284,10 +285,11 @@ def _layer(
   own, n_kv = dict(zip(saes, numbers, strict=True)), block.attn.n_kv_head
   *cut_heads, cut_mlp, cut_objective = jnp.split(cut_brw, np.cumsum([n_head, n_kv, n_kv, 1]), axis=1)
   first = 1 + layer * (n_head + 1)
+  is_held_t = interventions.held_tokens(held, 'resid.delta_attn', layer, x_btd.shape[1])
 
   def by_heads(acts):
     diffs_bhtd = _head_writes(block, acts['attn.v_out']) - counterfactual_wtd[:n_head]
-    return jnp.where(acts['resid.delta_attn.is_live'][:, None], diffs_bhtd, 0)
+    return jnp.where(is_held_t[:, None], 0, diffs_bhtd)  # their sum is held: heads write nothing
 
   def cut(cut_brw, diffs_bwtd, own_bwtd):  # of the writers before, and of the layer's own
     cut_brtd = _cut(cut_brw, diffs_bwtd)
@@ -303,21 +305,12 @@ def _layer(
     stream_btd = tap.acts['resid.post_attn'] - cut(cut_mlp, diffs_bwtd, by_heads(tap.acts))[:, 0]
     return linear('btd,dn->btn', block.mlp_ln(stream_btd.astype(x.dtype), sites.Tap()))
 
-  def mark(x, tap):  # where the request holds the sum of the layer, heads write nothing
-    unheld = jnp.full_like(x, jnp.nan)
-    for edit in holds:
-      if edit.site == 'resid.delta_attn':
-        unheld = edit.fn(unheld, tap, *edit.args)
-    tap('is_live', jnp.isnan(unheld), 'batch token d_model')
-    return x
-
-  holds = interventions.layer_edits(held, layer, own)
-  edits = [sites.Edit('resid.delta_attn', mark)]
+  edits = []
   for number, name in enumerate('qkv'):
     edits.append(sites.Edit(f'attn.{name}', functools.partial(read_by_head, number=number)))
   linears = {'pre_act': block.mlp.c_fc, 'up': getattr(block.mlp, 'c_up', None)}
   edits += [sites.Edit(f'mlp.{name}', functools.partial(read_by_mlp, linear=x)) for name, x in linears.items()]
-  edits += [*holds, *interventions.shift_edits(shifts, layer)]
+  edits += [*interventions.layer_edits(held, layer, own), *interventions.shift_edits(shifts, layer)]
   edits += [sites.splice(name, sae, hold_error=False) for name, sae in saes.items()]
   tap = sites.Tap(edits, capture=(*READ, *WRITTEN, *(f'{name}.input' for name in saes)))
   out_btd = block(x_btd, tap)
@@ -401,12 +394,13 @@ def _layers(s: Setting, cut_brw):
   """Yields the arguments of each layer that all runs share: before the stream, and those behind the differences."""
   model, p, n_head = s.subject.model, s.prepared, s.subject.model.config.n_head
   numbers = {site: number for number, site in enumerate(p.saes)}
+  question = dataclasses.replace(p.question, n_read=0)  # layers are compiled for all objectives
   for i, block in enumerate(model.h):
     own = {name: site for site in p.saes for layer, name in [objectives.split_site(site)] if layer == i}
     rows = slice(s.graph.components[2 * i][0].start, s.graph.components[2 * i + 1][0].stop)
     writers = slice(s.graph.components[2 * i][1].start, s.graph.components[2 * i + 1][1].stop)
     cut_layer = np.concatenate([cut_brw[:, rows], cut_brw[:, -1:]], axis=1)
-    rest = s.counterfactual_wtd[writers], cut_layer, interventions.of_layer(p.held, i), p.shifts, p.question
+    rest = s.counterfactual_wtd[writers], cut_layer, interventions.of_layer(p.held, i), p.shifts, question
     statics = {'n_head': n_head, 'numbers': tuple(numbers[site] for site in own.values())}
     yield (block, {name: p.saes[site] for name, site in own.items()}), (*rest, np.int32(i)), statics
 
@@ -420,7 +414,7 @@ def run(s: Setting, cut_brw: np.ndarray, share_b: np.ndarray, reference: Runs | 
     share_b: float32, how much of the embedding is the prompt's, and the rest the counterfactual.
     reference: whose first run is uncut; None: these.
   """
-  x_btd, diffs_bwtd, embedding = _start(s.embedding, s.counterfactual_wtd, s.prepared.question, share_b)
+  x_btd, diffs_bwtd, embedding = _start(s.embedding, s.counterfactual_wtd, s.prepared.question.token, share_b)
   streams, picked = [x_btd], []
   for before, behind, statics in _layers(s, cut_brw):
     x_btd, diffs_bwtd, found = _forward_layer(*before, x_btd, diffs_bwtd, *behind, **statics)
@@ -433,30 +427,30 @@ def run(s: Setting, cut_brw: np.ndarray, share_b: np.ndarray, reference: Runs | 
 
 
 def measure(
-  s: Setting, cuts: Iterable[np.ndarray], reference: Runs, progress: engine.Progress = engine.silent
+  s: Setting, cuts: Iterable[np.ndarray], reference: Runs, told: Callable[[int], None] = lambda n: None
 ) -> np.ndarray:
   """Returns the objectives of runs with the edges cut_rw of each cut, computed in lots.
 
   Args:
     s: what they share.
-    cuts: booleans or floats [reader, writer], one a run.
+    cuts: booleans or floats [reader, writer], one a run; taken as they are needed.
     reference: whose first run is uncut.
-    progress: told the share that is done.
+    told: told how many are done; may raise.
   """
-  cuts, found = list(cuts), []
-  for begin in range(0, len(cuts), s.lot):
-    mine = cuts[begin : begin + s.lot]
+  cuts, found = iter(cuts), []
+  while mine := list(itertools.islice(cuts, s.lot)):
     cut_brw = np.zeros((s.lot, *s.graph.possible_rw.shape), np.float32)
     cut_brw[: len(mine)] = mine
-    found.append(jax.device_get(run(s, cut_brw, np.ones(s.lot, np.float32), reference).objective_b)[: len(mine)])
-    progress(min(1.0, (begin + s.lot) / len(cuts)), f'cut {min(begin + s.lot, len(cuts))} of {len(cuts)}')
-  return np.concatenate(found)
+    objective_b = run(s, cut_brw, np.ones(s.lot, np.float32), reference).objective_b
+    found += jax.device_get(objective_b)[: len(mine)].tolist()
+    told(len(found))
+  return np.array(found)
 
 
 def scores(s: Setting, reference: Runs, steps: int, progress: engine.Progress = engine.silent) -> np.ndarray:
   """Returns the estimated effect of every edge [reader, writer], positive where it pushes the objective up.
 
-  Edge attribution patching with integrated gradients (EAP-IG, eq. 4 of Hanna et al. 2024, with the sign turned): the
+  Edge attribution patching with integrated gradients (EAP-IG; Hanna et al. 2024, with the sign turned): the
   clean write minus the counterfactual one, times the gradient of the objective at the reader's input, through its norm,
   summed over tokens; the gradient is averaged over runs whose input embeddings are (counterfactual + k / steps (clean -
   counterfactual)), k = 1 ... steps. With one step it is the derivative of the objective by the edge itself (edge
@@ -496,6 +490,11 @@ def scores(s: Setting, reference: Runs, steps: int, progress: engine.Progress = 
   return np.where(s.graph.possible_rw, -slopes_rw, 0)
 
 
+def _check_finite(numbers):
+  if not np.isfinite(numbers).all():
+    raise ValueError('the numbers of these runs are not finite; hold activations at smaller values')
+
+
 def find(
   subject: Subject, request: schema.CircuitRequest, progress: engine.Progress = engine.silent
 ) -> schema.CircuitResponse:
@@ -504,7 +503,8 @@ def find(
   The ablations of the request are there in all runs. Of a circuit of many edges the first 300 are cut in turn.
 
   Raises:
-    ValueError: as `engine.prepare`; the counterfactual is a number but 0, or there is no such run.
+    ValueError: as `engine.prepare`; the counterfactual is a number but 0, there is no such run, or its numbers are
+      not finite.
   """
   prepared = engine.prepare(subject, request.request)
   s = setting(subject, prepared, request.counterfactual)
@@ -512,17 +512,27 @@ def find(
   cut_brw = np.zeros((s.lot, *possible_rw.shape), np.float32)
   reference = run(s, cut_brw, np.ones(s.lot, np.float32))
   full = float(reference.objective_b[0])
+  _check_finite(full)
   progress(0.1, 'scoring edges')
   scores_rw = scores(s, reference, request.steps, lambda share, what: progress(0.1 + 0.3 * share, what))
+  _check_finite(scores_rw)
   kept_rw = choose(s.graph, scores_rw, request.n_edges)
   edges = np.argwhere(kept_rw)
   edges = edges[np.argsort(-np.abs(scores_rw[kept_rw]), kind='stable')]
   outside_rw = possible_rw & ~kept_rw
-  cuts = [possible_rw, outside_rw, kept_rw]
-  for r, w in edges[: MAX_MEASURED if request.minimality else 0]:
-    cuts.append(outside_rw.copy())
-    cuts[-1][r, w] = True
-  measured = measure(s, cuts, reference, lambda share, what: progress(0.4 + 0.6 * share, what))
+  in_turn = edges[: MAX_MEASURED if request.minimality else 0]
+
+  def cuts():
+    yield from (possible_rw, outside_rw, kept_rw)
+    for edge in in_turn:
+      cut_rw = outside_rw.copy()
+      cut_rw[*edge] = True
+      yield cut_rw
+
+  n_cuts = 3 + len(in_turn)
+  told = lambda n: progress(0.4 + 0.6 * n / n_cuts, f'cut {n} of {n_cuts}')
+  measured = measure(s, cuts(), reference, told)
+  _check_finite(measured)
   empty, circuit, complement, *without = measured.tolist()
   span = full - empty
   lost = [circuit - x for x in without]

@@ -1,5 +1,6 @@
 """Circuits against a NumPy float64 forward in which every reader reads a stream of its own."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -278,19 +279,23 @@ def test_ablations_stay_where_edges_are_cut(one_device):
 
 
 def test_other_cuts_and_prompts_do_not_recompile(one_device):
-  subject, setting, uncut = asked('logits', 'gpt2')
+  subject, setting, uncut = asked('log_probability', 'gpt2')
   rng = np.random.default_rng(0)
   cuts = lambda: [rng.random(setting.graph.possible_rw.shape) < 0.5 for _ in range(setting.lot + 1)]
   circuits.measure(setting, cuts(), uncut)
   circuits.scores(setting, uncut, 2)
-  compiled = circuits._forward_layer, circuits._backward_layer, circuits._forward_objectives, circuits._start
-  before = [function._cache_size() for function in compiled]
+  layers = circuits._start, circuits._forward_layer, circuits._backward_layer
+  reading = circuits._forward_objectives, circuits._backward_objectives
+  sizes = lambda functions: [function._cache_size() for function in functions]
+  before = sizes(layers), sizes(reading)
   circuits.measure(setting, cuts(), uncut)
-  request = subjects.request(OBJECTIVES['entropy'][0], prompt='1 2 3')
-  setting = circuits.setting(subject, engine.prepare(subject, request), schema.Value())
-  uncut = circuits.run(setting, np.zeros_like(cuts()[: setting.lot], np.float32), np.ones(setting.lot, np.float32))
-  circuits.scores(setting, uncut, 3)
-  assert [function._cache_size() for function in compiled] == before
+  for name, prompt in (('entropy', '1 2 3'), ('neuron', '8 9 10 11 12 13')):
+    request = subjects.request(OBJECTIVES[name][0], prompt=prompt)
+    setting = circuits.setting(subject, engine.prepare(subject, request), schema.Value())
+    uncut = circuits.run(setting, np.zeros_like(cuts()[: setting.lot], np.float32), np.ones(setting.lot, np.float32))
+    circuits.scores(setting, uncut, 3)
+    assert sizes(layers) == before[0]
+    assert sizes(reading) == before[1] or name == 'neuron'  # of which no distribution is read
 
 
 # Scores
@@ -500,6 +505,13 @@ def test_minimality_is_left_out_where_it_is_not_asked_for(one_device):
 def test_a_number_is_no_write(one_device):
   with pytest.raises(ValueError, match=r'is a vector, not 2\.0; give 0'):
     found_circuit(counterfactual=schema.Value(value=2.0))
+
+
+def test_numbers_that_are_not_finite_are_refused(one_device):
+  subject = subjects.build()
+  subject = dataclasses.replace(subject, model=jax.tree.map(lambda x: 1e30 * x, subject.model))
+  with pytest.raises(ValueError, match='not finite; hold activations at smaller values'):
+    circuits.find(subject, schema.CircuitRequest(request=subjects.request()))
 
 
 def test_progress_grows_and_can_stop(one_device):
