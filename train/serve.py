@@ -142,6 +142,8 @@ def _made_with(folder: pathlib.Path, way_out: str) -> dict:
   if not (folder / 'config.json').is_file():
     raise ValueError(f'{folder} has no config.json; {way_out}')
   settings = json.loads((folder / 'config.json').read_text('utf-8'))
+  if 'fingerprint' not in settings:
+    raise ValueError(f'{folder}/config.json is not of a stage; {way_out}')
   if settings['fingerprint'] != pretrained.fingerprint(_MODEL.value):
     raise ValueError(f'{folder} was made with another model than {_MODEL.value}; give that one by --model')
   return settings
@@ -157,6 +159,8 @@ def _load_saes() -> dict[str, sae.SparseAutoencoder]:
       site = _made_with(pathlib.Path(item).absolute().parent, way_out)['sae']['site']
     if site in saes:
       raise ValueError(f'--sae gives two SAEs of {site}; give one of them')
+    if not pathlib.Path(folder).is_dir():
+      raise ValueError(f'--sae={item}: there is no folder {folder}; give one with an SAE')
     saes[site] = sae.load_sae(folder)
   return saes
 
