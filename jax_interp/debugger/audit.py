@@ -1,7 +1,8 @@
 """The estimates against the truth: nodes really ablated, many in one batch.
 
 A node changes nothing before its own layer, so that the batch grows as the layers pass: layer i computes the prompt as
-it is and the nodes of layers up to i. One compiled block serves all layers of a model.
+it is and the nodes of layers up to i. Nor does it change earlier tokens: nodes of late tokens share a batch that reads
+only the last tokens of the prompt, behind the keys and values of the others. One compiled block serves all layers.
 """
 
 import bisect
@@ -18,6 +19,7 @@ from jax_interp.debugger.subject import Subject
 from models import sites
 
 SIZES = (8, 16, 24, 32, 48, 64)  # of batches, so that few are compiled
+SHARES = (1 / 4, 1 / 2, 3 / 4, 1)  # of the tokens that a batch reads, so that few are compiled
 MAX_PAIRS = SIZES[-1] * 256**2  # token pairs in memory together
 ABLATABLE = ('embedding', 'head', 'neuron', 'latent')
 EMBEDDING, HEAD, NEURON, LATENT = range(4)  # codes; the number of its SAE is added to a latent's
@@ -68,13 +70,15 @@ def _edits(saes, own, held, rows, values_b, layer, codes=()):
 
 
 @functools.partial(jax.jit, static_argnames=('n_head', 'numbers'))
-def _block(block, saes, x, held, shifts, question, rows, values_b, layer, n_head, numbers):
+def _block(block, saes, x, past, start, held, shifts, question, rows, values_b, layer, n_head, numbers):
   """Returns the stream [row, token, d] behind a layer, and what the objective may be read from there.
 
   Args:
     block: the layer.
     saes: {name within the layer: SAE}.
     x: the stream before it and its derivative by the held values; None: the results have none either.
+    past: keys and values of the whole prompt, [slot, g, channel]; those from `start` on are computed anew.
+    start: the first token of the stream; tokens of `question` and `rows` are counted from it, sources from 0.
     held, shifts: the request's ablations, by names within the layer.
     question: the objective.
     rows: what is held.
@@ -87,11 +91,16 @@ def _block(block, saes, x, held, shifts, question, rows, values_b, layer, n_head
 
   def forward(x_btd, values_b):
     edits = _edits(saes, own, held, rows, values_b, layer, {'attn.qk_probs': HEAD, 'mlp.post_act': NEURON})
+    n_rows, (n_slots, *_) = len(x_btd), past['attn.k'].shape
+    known = {name: jnp.broadcast_to(x_sgc, (n_rows, *x_sgc.shape)) for name, x_sgc in past.items()}
     tap = sites.Tap(
-      [*interventions.shift_edits(shifts, layer), *edits], capture=(*READ, *(f'{name}.input' for name in saes))
+      [*interventions.shift_edits(shifts, layer), *edits],
+      capture=(*READ, *(f'{name}.input' for name in saes)),
+      past=sites.Past(known, jnp.full(n_rows, start), n_slots),
     )
     out_btd = block(x_btd, tap)
-    return out_btd, jax.vmap(lambda acts: objectives.picks(question, n_head, acts))(tap.acts)
+    acts = tap.acts | tap.keys_and_values
+    return out_btd, jax.vmap(lambda acts: objectives.picks(question, n_head, acts))(acts)
 
   x_btd, slope_btd = x
   if slope_btd is None:
@@ -101,21 +110,27 @@ def _block(block, saes, x, held, shifts, question, rows, values_b, layer, n_head
   return (out_btd, slopes[0]), (picked, slopes[1])
 
 
-@functools.partial(jax.jit, static_argnames='numbers')
-def _embeddings(x_td, saes, held, question, rows, values_b, numbers):
+@functools.partial(jax.jit, static_argnames=('n_tokens', 'numbers'))
+def _embeddings(x_sd, saes, start, held, question, rows, values_b, n_tokens, numbers):
   """Returns the embedding of each row [row, token, d], and what the objective may read of it, and both derivatives.
 
   Args:
-    x_td: the embedding, before the SAE there.
+    x_sd: the embedding of the whole prompt, before the SAE there.
     saes, numbers: of the embedding: one or none, as for `_block`.
-    held, question, rows, values_b: as for `_block`.
+    start, held, question, rows, values_b: as for `_block`.
+    n_tokens: of the stream, from `start` on.
   """
   own = dict(zip(saes, numbers, strict=True))
+  x_td = jax.lax.dynamic_slice_in_dim(x_sd, start, n_tokens)
 
   def forward(values_b):
     mine_bt = (rows.code == EMBEDDING)[:, None] & (rows.token[:, None] == jnp.arange(len(x_td)))
     x_btd = jnp.where(mine_bt, values_b[:, None], 1)[..., None] * x_td
-    tap = sites.Tap(_edits(saes, own, held, rows, values_b, -1), capture=('resid.post_emb', 'resid.post_emb.input'))
+    tap = sites.Tap(
+      _edits(saes, own, held, rows, values_b, -1),
+      capture=('resid.post_emb', 'resid.post_emb.input'),
+      past=sites.Past({}, jnp.full(len(values_b), start), len(x_sd)),
+    )
     x_btd = tap('resid.post_emb', x_btd, 'batch token d_model')
     return x_btd, {name: x[:, question.token] for name, x in tap.acts.items()}
 
@@ -144,7 +159,13 @@ def _size(n: int) -> int:
 
 
 def held_objectives(
-  subject: Subject, prepared: engine.Prepared, run: effects.Run, rows: Rows, values_b: np.ndarray, with_slope: bool
+  subject: Subject,
+  prepared: engine.Prepared,
+  run: effects.Run,
+  rows: Rows,
+  values_b: np.ndarray,
+  n_tokens: int,
+  with_slope: bool,
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """Returns the objective with each row's node held at its value, [row], and its derivative by the value.
 
@@ -153,12 +174,18 @@ def held_objectives(
   Args:
     subject: of the request.
     prepared: the request.
-    run: of it; only its embedding is read.
+    run: of it; its embedding, and keys and values of earlier tokens, are read.
     rows: what is held, in the order of their layers; the first holds nothing.
     values_b: at what.
+    n_tokens: how many of the last tokens of the prompt are computed: all that are held, or that the objective reads.
     with_slope: whether the derivative is wanted; else it is None.
   """
   model, question, saes, held = subject.model, prepared.question, prepared.saes, prepared.held
+  start = np.int32(max(0, prepared.n_tokens - n_tokens))
+  question = dataclasses.replace(
+    question, token=question.token - start, positions_k=np.maximum(question.positions_k - start, 0)
+  )
+  rows = dataclasses.replace(rows, token=np.maximum(rows.token - start, 0))
   layers, n = rows.layer.tolist(), _size(len(rows.layer))
   padded = lambda x, value=0: np.concatenate([x, np.full(n - len(x), value, x.dtype)])
   values_b = padded(values_b.astype(np.float32))
@@ -168,9 +195,17 @@ def held_objectives(
   of_layer = lambda i: {name: site for site in saes for layer, name in [objectives.split_site(site)] if layer == i}
   numbers = lambda own: tuple(list(saes).index(site) for site in own.values())
   own = of_layer(None)
-  x_td = run.acts['resid.post_emb.input' if own else 'resid.post_emb'][0]
-  x, slopes = _embeddings(x_td, {s: saes[s] for s in own}, held, question, first(size), values_b[:size], numbers(own))
-  x, embedding = x
+  (x, embedding), slopes = _embeddings(
+    run.acts['resid.post_emb.input' if own else 'resid.post_emb'][0],
+    {name: saes[name] for name in own},
+    start,
+    held,
+    question,
+    first(size),
+    values_b[:size],
+    n_tokens,
+    numbers(own),
+  )
   x, embedding = (x, slopes[0] if with_slope else None), (embedding, slopes[1])
   found, anything = [], dataclasses.replace(question, n_read=0)  # layers are compiled once for all objectives
   for i, block in enumerate(model.h):
@@ -180,6 +215,8 @@ def held_objectives(
       block,
       {name: saes[site] for name, site in own.items()},
       _widened(x, size),
+      {name: run.acts[f'h.{i}.{name}'][0] for name in ('attn.k', 'attn.v')},
+      start,
       interventions.of_layer(held, i),
       prepared.shifts,
       anything,
@@ -215,20 +252,27 @@ def measure(
     with_slope: whether the derivatives are wanted.
     progress: told the share of nodes that are done.
   """
-  rows = rows_of(nodes, tuple(prepared.saes))
-  order = np.argsort(rows.layer, kind='stable')
-  lot = min(SIZES[-1], max(2, MAX_PAIRS // prepared.tokens_bt.shape[1] ** 2)) - 1
-  objective, found_n, slopes_n = np.nan, np.zeros(len(nodes)), np.zeros(len(nodes))
+  rows, n_slots = rows_of(nodes, tuple(prepared.saes)), prepared.tokens_bt.shape[1]
+  read = min(int(prepared.question.token), int(prepared.question.positions_k.min()))
+  widths = np.array([int(np.ceil(share * n_slots)) for share in SHARES])
+  first_n = np.minimum(rows.token, read)  # token that must be computed
+  group_n = np.argmax(prepared.n_tokens - widths <= first_n[:, None], axis=1)  # the least width that holds it
+  objective, found_n, slopes_n, n_done = np.nan, np.zeros(len(nodes)), np.zeros(len(nodes)), 0
   nothing = Rows(*np.array([[-1], [-1], [0], [0], [0]], np.int32))
-  for begin in range(0, len(order), lot):
-    mine = order[begin : begin + lot]
-    lot_rows = jax.tree.map(lambda a, b, mine=mine: np.concatenate([a, b[mine]]), nothing, rows)
-    values_b = np.concatenate([[0], values_n[mine]])
-    found, slopes = held_objectives(subject, prepared, run, lot_rows, values_b, with_slope)
-    objective, found_n[mine] = float(found[0]), found[1 : len(mine) + 1]
-    if with_slope:
-      slopes_n[mine] = slopes[1 : len(mine) + 1]
-    progress(min(1.0, (begin + lot) / len(order)), f'ablated {min(begin + lot, len(order))} of {len(order)}')
+  for group, width in enumerate(widths.tolist()):
+    order = np.flatnonzero(group_n == group)
+    order = order[np.argsort(rows.layer[order], kind='stable')]
+    lot = min(SIZES[-1], max(2, MAX_PAIRS // (width * n_slots))) - 1
+    for begin in range(0, len(order), lot):
+      mine = order[begin : begin + lot]
+      lot_rows = jax.tree.map(lambda a, b, mine=mine: np.concatenate([a, b[mine]]), nothing, rows)
+      values_b = np.concatenate([[0], values_n[mine]])
+      found, slopes = held_objectives(subject, prepared, run, lot_rows, values_b, width, with_slope)
+      objective, found_n[mine] = float(found[0]), found[1 : len(mine) + 1]
+      if with_slope:
+        slopes_n[mine] = slopes[1 : len(mine) + 1]
+      n_done += len(mine)
+      progress(n_done / len(nodes), f'ablated {n_done} of {len(nodes)}')
   return objective, found_n, slopes_n if with_slope else None
 
 

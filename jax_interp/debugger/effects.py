@@ -27,6 +27,7 @@ ROWS = (16, 64, 256, 1024)  # nodes of a layer are described in lots of one of t
 LOTS = (10, 30, 100, 300, 1000)  # as many of the largest are sought, so that few numbers are compiled
 PARTS = ('attn', 'mlp')  # of a layer
 INNER = {'attn': ('v_out', 'delta_attn'), 'mlp': ('post_act', 'delta_mlp')}  # sites of what each adds
+DELTAS = ('delta_attn', 'delta_mlp')
 STREAMS = ('post_attn', 'post_mlp', '_ln.scale')
 
 Array = jax.Array
@@ -128,9 +129,9 @@ def run(
     final_bias,
     kept(
       acts,
-      ('qk_probs', '.v', 'v_out', 'post_act', 'post_emb', 'delta_attn', 'delta_mlp', *sites.SPLICED, 'ln_f', *STREAMS),
+      ('qk_probs', '.k', '.v', 'v_out', 'post_act', 'post_emb', *DELTAS, *sites.SPLICED, 'ln_f', *STREAMS),
     ),
-    kept(grads, ('qk_probs', 'post_act', 'post_emb', 'delta_attn', 'delta_mlp', '.latents', '.error')),
+    kept(grads, ('qk_probs', 'post_act', 'post_emb', *DELTAS, '.latents', '.error')),
     grad_td.astype(jnp.float32),
     jnp.asarray(question.stream),
     jnp.asarray(traced_sae),

@@ -135,7 +135,9 @@ def _hold(x, tap, held, layer_or_sae):
   def index_along(axis):
     if axis is None:
       return jnp.zeros((1,) * len(shape), jnp.int32)
-    return jnp.expand_dims(jnp.arange(shape[axis]), [a for a in range(len(shape)) if a != axis])
+    is_token = axis == HOLDABLE[name][0]
+    index = tap.positions(shape[axis])[0] if is_token else jnp.arange(shape[axis])
+    return jnp.expand_dims(index, [a for a in range(len(shape)) if a != axis])
 
   token, source, component = (index_along(axis) for axis in HOLDABLE[name])
 
@@ -152,7 +154,7 @@ def _hold(x, tap, held, layer_or_sae):
     new = jnp.where(cell[8] < 0, held.values[slot], 0.0)
     for number, donor in enumerate(held.donors):
       if (site := tap.prefix[:-1]) in donor:
-        new = jnp.where(cell[8] == number, donor[site].astype(jnp.float32), new)
+        new = jnp.where(cell[8] == number, tap.here(donor[site][None])[0].astype(jnp.float32), new)
     return (mask & ~freed) | inside, jnp.where(inside, new, value)
 
   n_used = held.cells[:, 9].sum()
@@ -219,7 +221,7 @@ class Shifts:
 def _shift(x, tap, shifts, layer):
   mine_s = (shifts.layers == layer).astype(jnp.float32)
   delta_sthc = shifts.deltas[tap.prefix[:-1].split('.')[-1]]
-  return (x + jnp.einsum('s,sthc->thc', mine_s, delta_sthc)).astype(x.dtype)
+  return (x + tap.here(jnp.einsum('s,sthc->thc', mine_s, delta_sthc)[None])).astype(x.dtype)
 
 
 def shift_edits(shifts: Shifts | None, layer, prefix: str = '') -> list[sites.Edit]:
