@@ -131,6 +131,8 @@ def edges(
   """
   if request.from_node is None and request.to_node is None:
     raise ValueError('give from_node, to_node or both')
+  if request.to_node is None and request.through is not None:
+    raise ValueError(f'through {request.through} is how to_node reads, and none is given; leave it out')
   prepared = engine.prepare(subject, request.request)
   run = engine.run(subject, prepared)
   if request.to_node is None:

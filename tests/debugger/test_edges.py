@@ -384,6 +384,7 @@ def test_heads_that_share_a_key_have_edges_of_both_cut():
     ({'to_node': HEAD}, 'a head reads through q, k or v'),
     ({'to_node': NEURON, 'through': 'q'}, 'a head reads through q, k or v'),
     ({'to_node': schema.Node(kind='embedding', token=1)}, 'must be one of head, neuron, latent'),
+    ({'from_node': schema.Node(kind='embedding', token=1), 'through': 'q'}, 'through q is how to_node reads'),
     ({'from_node': schema.Node(kind='head_total', layer=1, index=1)}, 'writes nothing at one token'),
     ({'from_node': NEURON, 'to_node': EARLY}, 'h.2.mlp.11 6 is not upstream of h.1.mlp.4 6'),
     ({'from_node': NEURON, 'to_node': NEURON}, 'is not upstream of'),
