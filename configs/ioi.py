@@ -29,7 +29,7 @@ def get_config():
       {'names': ('place',), 'values': (' store', ' garden', ' school', ' station', ' office')},
       {'names': ('thing',), 'values': (' book', ' ring', ' drink', ' letter', ' ball')},
     ],
-    'n_prompts': 16,
+    'n_prompts': 8,
     'k': 10,  # nodes of each kind that are listed
     'n_edges': 100,  # of the circuit
     'steps': 5,  # of integrated gradients
