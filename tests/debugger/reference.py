@@ -369,21 +369,29 @@ class Reference:
     x = self.base[site]
     return (self.held[site](x) == self.held[site](x + 1)).all(-1)[0, :, None]
 
+  def direct_effects(self, nodes: list[schema.Node]) -> np.ndarray:
+    """Returns what each node's write does [node], along the objective's slope at the stream it is read from."""
+    if not nodes:
+      return np.zeros(0)
+    writes = np.stack([np.where(self.cut(node), 0, self.write(node)) for node in nodes])
+    upstream = np.array([self.is_upstream(node) for node in nodes])
+    return np.where(upstream, self.slope(self.reading.stream, writes), 0)
+
   def columns(self, nodes: list[schema.Node]) -> dict[str, np.ndarray]:
     """Returns the columns [node] of a table; nan where undefined."""
     found = {name: np.full(len(nodes), np.nan) for name in COLUMNS}
+    found['direct_effect'] = self.direct_effects(nodes)
     by_site = {}
     for i, node in enumerate(nodes):
       by_site.setdefault(self.part(node)[0], []).append(i)
     for site, numbers in by_site.items():
       parts = np.stack([self.part(nodes[i])[1] for i in numbers])
-      writes, cut = (np.stack([f(nodes[i]) for i in numbers]) for f in (self.write, self.cut))
-      lost = cut & np.array([nodes[i].kind == 'bias' for i in numbers])[:, None, None]  # added behind what is held
-      found['total_effect'][numbers] = self.slope(site, np.where(lost, 0, parts) if lost.any() else parts)
-      upstream = np.array([self.is_upstream(nodes[i]) for i in numbers])
-      direct = self.slope(self.reading.stream, np.where(cut, 0, writes))
-      found['direct_effect'][numbers] = np.where(upstream, direct, 0)
-      for i, mine, write_td in zip(numbers, parts, writes, strict=True):
+      for mine, i in zip(parts, numbers, strict=True):
+        if nodes[i].kind == 'bias':  # which is added where its layer is held
+          mine[self.cut(nodes[i])[:, 0]] = 0
+      found['total_effect'][numbers] = self.slope(site, parts)
+      for i in numbers:
+        mine, write_td = self.part(nodes[i])[1], self.write(nodes[i])
         kind = nodes[i].kind
         if kind in ('head', 'neuron', 'latent'):
           found['activation'][i] = mine.sum()

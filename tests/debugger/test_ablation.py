@@ -217,9 +217,14 @@ def test_a_resample_is_a_window_of_the_sample_that_the_seed_chooses(subject):
   assert len(set(chosen)) > 2
 
 
-def test_columns_are_right_under_values_of_other_runs(subject):
+@pytest.mark.parametrize(
+  'changes',
+  [[('mlp', Mean()), ('latent', Mean())], [('head', schema.OtherPrompt(prompt=OTHER))]],
+  ids=['mean', 'prompt'],
+)
+def test_columns_are_right_under_values_of_other_runs(subject, changes):
   cells, ablations = [], []
-  for kind, to in [('mlp', Mean()), ('latent', Mean()), ('head', schema.OtherPrompt(prompt=OTHER))]:
+  for kind, to in changes:
     ablation, site, where = KINDS[kind]
     if isinstance(to, Mean):
       mean = np.mean([_of(subject, window)[site][0].mean(0) for window in subject.sample_wt], 0)

@@ -31,6 +31,8 @@ OBJECTIVES = {
   'head_v': schema.HeadWrite(node=HEAD, of=schema.Entropy(token=5)),
   'head_all': schema.HeadWrite(node=HEAD, through='all', of=schema.LogitDifference(targets=['8'], token=5)),
 }
+CONTINUATIONS = [name for name in OBJECTIVES if name.startswith('continuation')]
+ONE_DISTRIBUTION = [name for name in OBJECTIVES if name not in CONTINUATIONS]  # at most, whatever is asked
 EXACT = {'logit_difference', 'logits', 'one_token_twice', 'pre_activation', 'attention_q', 'attention_k', 'head_v'}
 EXACT |= {name for name in OBJECTIVES if name.startswith('projection')}
 
@@ -41,9 +43,24 @@ def subject(request):
     yield subjects.build(request.param)
 
 
-@pytest.mark.parametrize('name', list(OBJECTIVES))
+@pytest.fixture(scope='module')
+def gpt2():
+  with jax.set_mesh(sharding.make_mesh(1, 1)):
+    yield subjects.build('gpt2')
+
+
+@pytest.mark.parametrize('name', ONE_DISTRIBUTION)
 def test_value_and_effects_equal_finite_differences(subject, name):
-  request = subjects.request(OBJECTIVES[name], k=4)
+  _check(subject, OBJECTIVES[name])
+
+
+@pytest.mark.parametrize('name', CONTINUATIONS)
+def test_a_continuation_is_as_probable_as_its_tokens_after_one_another(gpt2, name):
+  _check(gpt2, OBJECTIVES[name])
+
+
+def _check(subject, objective):
+  request = subjects.request(objective, k=4)
   expected = reference.answer(subject, request)
   n_tokens = len(expected.tokens)
   embeddings = [schema.Node(kind='embedding', token=t) for t in range(n_tokens)]
@@ -54,8 +71,8 @@ def test_value_and_effects_equal_finite_differences(subject, name):
 
 
 @pytest.mark.parametrize('name', list(OBJECTIVES))
-def test_completeness_is_exact_where_it_says_so(subject, name):
-  found = engine.debug(subject, subjects.request(OBJECTIVES[name], k=4)).completeness
+def test_completeness_is_exact_where_it_says_so(gpt2, name):
+  found = engine.debug(gpt2, subjects.request(OBJECTIVES[name], k=4)).completeness
   assert found.exact == (name in EXACT)
   if found.exact:
     assert abs(found.residual) < 2e-6
@@ -73,13 +90,13 @@ def test_what_the_final_norm_and_the_reader_add_is_the_objective_of_an_empty_str
     np.testing.assert_allclose(found, expected.after(expected.reading.stream, nothing), atol=1e-6, err_msg=name)
 
 
-def test_kl_is_that_of_the_ablated_run_from_the_unablated_one(subject):
+def test_kl_is_that_of_the_ablated_run_from_the_unablated_one(gpt2):
   ablation = schema.Ablation(kind='mlp', layer=1)
   held = {'h.1.resid.delta_mlp': np.zeros_like}
   for token in (-1, 3):
     request = subjects.request(schema.KL(token=token), k=4, ablations=[ablation])
-    expected = reference.answer(subject, request, held)
-    response = engine.debug(subject, request)
+    expected = reference.answer(gpt2, request, held)
+    response = engine.debug(gpt2, request)
     assert expected.objective > 1e-3
     np.testing.assert_allclose(response.objective, expected.objective, rtol=1e-4, atol=1e-6)
     assert abs(response.unedited) < 1e-6
@@ -103,7 +120,7 @@ def test_the_sign_of_an_effect_turns_with_the_objective(subject):
 
 
 def test_candidates_are_read_where_the_objective_is(subject):
-  for name, token in [('log_probability_at', 4), ('attention_q', 5), ('continuation', 6), ('entropy', 2)]:
+  for name, token in [('log_probability_at', 4), ('attention_q', 5), ('logits', 3), ('entropy', 2)]:
     response = engine.debug(subject, subjects.request(OBJECTIVES[name]))
     logits_v = reference.answer(subject, subjects.request(OBJECTIVES[name])).base['logits'][0, token]
     assert response.candidates.token == token
