@@ -284,8 +284,9 @@ def audit(
   The effect of a node is the objective minus the objective with its activation held at zero (of a head, at one token
   pair; of an embedding, without it). Integrated: activation times the derivative of the objective by it, averaged from
   zero to the activation by Gauss-Legendre quadrature (integrated gradients, eq. 1 of Sundararajan et al. 2017, along
-  one node); with more steps it comes to the measured effect, and where few do not, the objective bends. Not so where the
-  objective holds what an ablation moves: in traces through q, k or v alone, and of latents the scale of the SAE's input.
+  one node); with more steps it comes to the measured effect, and where few do not, the objective bends. Not so where
+  the objective holds what an ablation moves: in traces through q, k or v alone, and of latents the scale of the SAE's
+  input.
 
   Raises:
     ValueError: as `engine.debug`.
