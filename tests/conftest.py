@@ -2,12 +2,17 @@
 
 import gc
 import os
+import tempfile
 
 # Nearly all of the time is compiling small programs, which is twice as fast without the back end's optimisations.
 os.environ['XLA_FLAGS'] = ' '.join([
   os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
 ])  # fmt: skip
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# What one module, or a command that a test starts, has compiled, others read.
+_compiled = tempfile.TemporaryDirectory(prefix='compiled_', ignore_cleanup_errors=True)
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _compiled.name)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 import pytest

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from jax_interp import records, store, text
-from jax_interp.explain import neuron2graph, results, scores, simulate, token_activation, token_lookup
+from jax_interp.explain import neuron2graph, results, simulate, token_activation, token_lookup
 from jax_interp.llm import backends, client, cost
 from train import command
 from train import records as train_records
@@ -35,10 +35,10 @@ def _check_stopping():
     raise command.Stopped('the finished explanations are kept; run the same command to go on')
 
 
-def _stoppable(batches: records.Batches) -> records.Batches:
-  for batch in batches:
+def _stoppable(units: Iterable) -> Iterator:
+  for unit in units:
     _check_stopping()
-    yield batch
+    yield unit
 
 
 def _without_llm(explanations: Iterable[tuple[str, Callable]], jobs: Sequence[Job], windows: np.ndarray) -> Results:
@@ -68,20 +68,9 @@ def _ask(llm: client.LLM, job: Job, n_shown: int, temperature: float, seed: int)
   answer = token_activation.explain(llm, shown, temperature, seed)
   unit = {'explanation': answer.content, 'status': answer.status, 'detail': answer.detail, 'own': [], 'other': []}
   if answer.status == 'ok':
-    unit |= {'own': _simulate(llm, answer.content, target), 'other': _simulate(llm, answer.content, other)}
+    simulated = lambda t: list(_stoppable(simulate.simulate_excerpts(llm, answer.content, t)))
+    unit |= {'own': simulated(target), 'other': simulated(other)}
   return unit
-
-
-def _simulate(llm: client.LLM, explanation: str, target: results.Target) -> list[dict]:
-  """Simulates a latent's excerpts, in its own unit: level 10 is the most it does on the excerpts to explain it from."""
-  level = target.maximum / scores.LEVELS
-  found = []
-  for excerpt in target.scored:
-    _check_stopping()
-    simulation = simulate.simulate(llm, explanation, excerpt.tokens)
-    activations = (simulation.expected_t * level).tolist() if simulation.status == 'ok' else None
-    found.append({'status': simulation.status, 'detail': simulation.detail, 'simulated': activations})
-  return found
 
 
 def _with_llm(llms: Sequence[client.LLM], jobs: Sequence[Job], **settings) -> Results:

@@ -292,12 +292,12 @@ def audit(
     ValueError: as `engine.debug`.
   """
   prepared = engine.prepare(subject, request.request)
-  run = engine.run(subject, prepared)
-  k = min(100, max(request.n, request.request.k))
-  listed = effects.find(subject.model, prepared.saes, run, k, True).nodes
   asked = [engine.checked(subject, prepared, node) for node in request.request.nodes]
   if wrong := [node for node in asked if node.kind not in ABLATABLE]:
     raise ValueError(f'{wrong[0].label} cannot be audited; {", ".join(ABLATABLE)} can')
+  run = engine.run(subject, prepared)
+  k = min(100, max(request.n, request.request.k))
+  listed = effects.find(subject.model, prepared.saes, run, k, True).nodes
   nodes = list(dict.fromkeys([*asked, *(node for node in listed if node.kind in ABLATABLE)]))
   described = effects.describe(subject.model, prepared.saes, run, nodes)
   order = np.argsort(-np.abs(described.total_effect), kind='stable')

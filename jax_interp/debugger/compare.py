@@ -2,12 +2,9 @@
 
 import time
 
-import numpy as np
-
 from jax_interp.debugger import effects, engine, schema
 from jax_interp.debugger.subject import Subject
-
-N_BOOTSTRAP = 1000
+from jax_interp.explain import scores
 
 
 def compare(
@@ -20,7 +17,7 @@ def compare(
 
   Args:
     subject: the model, of the left run and, unless the request says otherwise, of the right one.
-    request: without a right request, the left one without its ablations is compared with.
+    request: without a right request, the left one is asked of the other model, or else without its ablations.
     progress: told how far it is.
     other: a second model of the same sizes, such as another checkpoint.
 
@@ -28,9 +25,11 @@ def compare(
     ValueError: the prompts have different numbers of tokens, or there is no such second model; and as `engine.debug`.
   """
   began, left, right = time.monotonic(), request.left, request.right
-  if right is None:
+  if right is None and request.right_model == 'other':
+    right = left
+  elif right is None:
     right = left.model_copy(update={'ablations': [], 'edge_ablations': []})
-    if request.right_model == 'main' and not (left.ablations or left.edge_ablations):
+    if not (left.ablations or left.edge_ablations):
       raise ValueError('both sides are the same; give a right request, the other model, or ablations on the left')
   theirs = subject if request.right_model == 'main' else _other(subject, other)
   sides = [(subject, left, engine.analyse(subject, left))]
@@ -72,8 +71,13 @@ def template(
   A node is a component at a position. The intervals are percentiles of the means of prompts drawn with replacement.
 
   Raises:
-    ValueError: the prompts have different numbers of tokens, or different SAEs; and as `engine.debug`.
+    ValueError: the prompts have different numbers of tokens, different SAEs, or are asked different questions; and as
+      `engine.debug`.
   """
+  alike = lambda one: (one.objective.kind, getattr(one.objective, 'token', None), one.trace)
+  for i, one in enumerate(request.requests):
+    if alike(one) != alike(request.requests[0]):
+      raise ValueError(f'prompt {i} has another kind or token of objective, or trace, than the first; ask one question')
   analyses = []
   for i, one in enumerate(request.requests):
     progress(0.8 * i / len(request.requests), f'prompt {i + 1} of {len(request.requests)}')
@@ -89,16 +93,8 @@ def template(
   columns = [effects.describe(subject.model, analysis.prepared.saes, analysis.run, nodes) for analysis in analyses]
   found = {}
   for name in ('direct', 'total'):
-    values_pn = np.stack([getattr(column, f'{name}_effect') for column in columns]).astype(np.float64)
-    found[f'{name}_effect'] = values_pn.mean(0).tolist()
-    found[f'{name}_low'], found[f'{name}_high'] = _interval(values_pn)
+    interval = scores.interval([getattr(column, f'{name}_effect') for column in columns])
+    found |= dict(zip((f'{name}_effect', f'{name}_low', f'{name}_high'), interval, strict=True))
   return schema.TemplateResponse(
     request=request, objective=[float(analysis.run.objective) for analysis in analyses], nodes=nodes, **found
   )
-
-
-def _interval(values_pn: np.ndarray) -> list[list[float]]:
-  """Returns the ends of the intervals of the means over prompts, [2, node]."""
-  drawn = np.random.default_rng(0).integers(len(values_pn), size=(N_BOOTSTRAP, len(values_pn)))
-  counts_rp = np.apply_along_axis(np.bincount, 1, drawn, minlength=len(values_pn))
-  return np.quantile(counts_rp @ values_pn / len(values_pn), (0.025, 0.975), axis=0).tolist()

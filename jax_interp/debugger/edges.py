@@ -187,7 +187,8 @@ def _into(subject, prepared, run, request):
     if not _is_upstream(nodes[0], saes, stream, traced_sae):
       raise ValueError(f'{nodes[0].label} is not upstream of {node.label}')
   direct = effects.describe(model, saes, local, nodes).direct_effect
-  return [(found, node, request.through, x) for found, x in zip(nodes, direct, strict=True) if x or request.from_node]
+  rows = [(found, node, request.through, x) for found, x in zip(nodes, direct, strict=True) if x or request.from_node]
+  return sorted(rows, key=lambda row: -abs(row[-1]))[: request.n]
 
 
 def _writer(subject, prepared, request) -> schema.Node:
@@ -218,8 +219,7 @@ def _stream(run, stream):
 
 def _before(run, site):
   """Returns what the SAE at a site, or the sublayer that it is of, reads."""
-  on_stream = site == 'resid.post_emb' or '.resid.post_' in site
-  return run.acts[f'{site}.input'][0] if on_stream else _stream(run, objectives.read_from(site))
+  return run.acts[f'{site}.input'][0] if objectives.on_stream(site) else _stream(run, objectives.read_from(site))
 
 
 def _out(subject, prepared, run, request, progress):
@@ -276,28 +276,21 @@ def _sides(block, write_nd, scale_n1, positions_n, shift_positions):
 
 
 def parts(subject: Subject, prepared: engine.Prepared, run: effects.Run, stream: int, token: int) -> list[schema.Node]:
-  """Returns nodes that a residual stream is the sum of at a token; latents that are off are left out.
-
-  An SAE stands for what it reads: on the residual stream, for all before it.
-  """
-  saes, config = prepared.saes, subject.model.config
-  on_stream = [s for s in saes if (s == 'resid.post_emb' or '.resid.post_' in s) and effects.writes_to(s) <= stream]
-  first = max(on_stream, key=effects.writes_to, default=None)
-  begin = -1 if first is None else effects.writes_to(first)
-  nodes = [schema.Node(kind='embedding', token=token)] if first is None else _latents(run, first, token)
-  for i in range(config.n_layer):
-    for part, written_to, inner in (('attn', 2 * i + 1, 'attn.v_out'), ('mlp', 2 * i + 2, 'mlp.post_act')):
-      if not begin < written_to <= stream:
-        continue
-      site = next((s for s in (f'h.{i}.resid.delta_{part}', f'h.{i}.{inner}') if s in saes), None)
-      if site is not None:
-        nodes += _latents(run, site, token)
-      elif part == 'attn':
-        nodes += [schema.Node(kind='head_token', layer=i, index=h, token=token) for h in range(config.n_head)]
-      else:
-        nodes.append(schema.Node(kind='layer', site='mlp', layer=i, token=token))
-      if (site is None and part == 'attn') or (site is not None and site.endswith(inner)):
-        nodes.append(schema.Node(kind='bias', site=part, layer=i, token=token))
+  """Returns nodes that a residual stream is the sum of at a token; latents that are off are left out."""
+  saes, config, nodes = prepared.saes, subject.model.config, []
+  for site in effects.made_of(tuple(saes), config.n_layer, stream):
+    layer, name = objectives.split_site(site)
+    part = name.split('.')[0]
+    if site in saes:
+      nodes += _latents(run, site, token)
+    elif layer is None:
+      nodes.append(schema.Node(kind='embedding', token=token))
+    elif part == 'attn':
+      nodes += [schema.Node(kind='head_token', layer=layer, index=h, token=token) for h in range(config.n_head)]
+    else:
+      nodes.append(schema.Node(kind='layer', site='mlp', layer=layer, token=token))
+    if name == 'attn.v_out' or (name == 'mlp.post_act' and site in saes):  # a layer's MLP has its bias in it
+      nodes.append(schema.Node(kind='bias', site=part, layer=layer, token=token))
   return nodes
 
 
@@ -319,6 +312,11 @@ def qk(subject: Subject, request: schema.QKRequest, progress: engine.Progress = 
   prepared = engine.prepare(subject, request.request)
   node = schema.Node(kind='head', layer=request.layer, index=request.head, token=request.token, source=request.source)
   node = objectives.check_node(subject, node, prepared.n_tokens, tuple(prepared.saes), ('head',))
+  shared = {'q': 1, 'k': subject.model.config.n_head // subject.model.h[0].attn.n_kv_head}  # heads of one query or key
+  for cut in request.request.edge_ablations:
+    n = shared.get(cut.into)
+    if n and cut.layer == node.layer and cut.head // n == node.index // n:
+      raise ValueError('an edge into the queries or keys of this head is cut; leave that out to split its logit')
   run = engine.run(subject, prepared)
   progress(0.5, 'splitting')
   model, layer = subject.model, node.layer

@@ -1,6 +1,6 @@
 """One run of a prompt -> every node's activation, write vector, direct effect and estimated total effect.
 
-`run` is one forward and one backward pass; `describe` reads any nodes off it, and `candidates` finds those that matter.
+`run` is one forward and one backward pass; `describe` reads any nodes off it, and `find` finds those that matter.
 A number of a node in a run is defined here alone. A compiled program serves all prompts of a padded length, whatever
 is asked, held or listed.
 
@@ -21,7 +21,7 @@ from jax_interp.debugger import interventions, objectives, schema
 from jax_interp.debugger.objectives import Question
 from models import sites
 
-KINDS = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'bias', 'error', 'head_total', 'layer')
+KINDS = tuple(schema.WHERE)
 BLOCK = 256  # how many numbers are compared by their largest first, when the largest of many are sought
 ROWS = (16, 64, 256, 1024)  # nodes of a layer are described in lots of one of these sizes
 LOTS = (10, 30, 100, 300, 1000)  # as many of the largest are sought, so that few numbers are compiled
@@ -114,7 +114,7 @@ def run(
   for number, site in enumerate(saes):
     traced = latent & (question.layer == number)
     traced_sae = jnp.where(traced, number, traced_sae)
-    if '.resid.post' in f'.{site}':  # read from the stream as it was before the splice
+    if objectives.on_stream(site):  # read from the stream as it was before the splice
       grad_td = jnp.where(traced, grads[f'{site}.input'][0], grad_td)
       grads[site] = jnp.where(traced, grads[f'{site}.input'], grads[site])
   final_bias = objectives.final_bias(question, model, saes, acts, grads['resid.post_ln_f'][0])
@@ -146,6 +146,24 @@ def writes_to(site: str) -> int:
     return 0
   _, layer, *_, name = site.split('.')
   return 2 * int(layer) + (1 if name in ('v_out', 'delta_attn', 'post_attn', 'qk_probs') else 2)
+
+
+def made_of(sae_sites: Sequence[str], n_layer: int, stream: int) -> list[str]:
+  """Returns sites whose writes, and output biases behind the inner ones, add up to a residual stream.
+
+  Of a layer's attention and MLP it is the site of the SAE there, else 'h.0.attn.v_out' or 'h.0.mlp.post_act'. An SAE on
+  the stream stands for all before it.
+  """
+  on_stream = [site for site in sae_sites if objectives.on_stream(site) and writes_to(site) <= stream]
+  first = max(on_stream, key=writes_to, default='resid.post_emb')
+  found = [first]
+  for i in range(n_layer):
+    for part, inner in (('attn', 'attn.v_out'), ('mlp', 'mlp.post_act')):
+      site = f'h.{i}.resid.delta_{part}'
+      site = site if site in sae_sites else f'h.{i}.{inner}'
+      if writes_to(first) < writes_to(site) <= stream:
+        found.append(site)
+  return found
 
 
 def to_stream(model, site: str, x: Array) -> Array:
@@ -571,7 +589,8 @@ def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
   }
   by_token['embedding'] = embedding['total_effect'][:n_tokens].tolist()
   by_token['latents'] = sum((own[site][3] for site in saes), np.zeros(len(run.grad_td)))[:n_tokens].tolist()
-  sums = _sums(layers, own, embedding, int(stream), None if traced < 0 else sae_sites[traced])
+  traced_site = None if traced < 0 else sae_sites[traced]
+  sums = _sums(layers, own, embedding, int(stream), [site for site in sae_sites if site != traced_site])
   residual = float(objective) - sum(sums.values()) - float(final_bias)
   completeness = schema.Completeness(
     objective=float(objective), final_bias=float(final_bias), residual=residual, exact=exact, **sums
@@ -655,35 +674,25 @@ def _small_node(kind, where, index, token) -> schema.Node:
       return schema.Node(kind=kind, layer=where, site=PARTS[index], token=token)
 
 
-def _sums(layers, own, embedding, stream: int, traced: str | None) -> dict[str, float]:
-  """Returns the direct effects of all that the stream is made of, by kind.
-
-  An SAE stands for what it reads: on the residual stream, for all before it.
-  """
-  begins = [site for site in own if site != traced and '.resid.post_' in f'.{site}' and writes_to(site) <= stream]
-  first = max(begins, key=writes_to, default=None)
-  begin = -1 if first is None else writes_to(first)
-  stands = [] if first is None else [first]
+def _sums(layers, own, embedding, stream: int, sae_sites: Sequence[str]) -> dict[str, float]:
+  """Returns the direct effects of all that the stream is made of, by kind; an SAE stands for what it reads."""
   sums = dict.fromkeys(('embedding', 'attention', 'mlp', 'latents', 'errors', 'biases'), 0.0)
-  if first is None:
-    sums['embedding'] = float(embedding['direct_effect'].sum())
-  for i, (_, by_head, parts, layer_sums) in enumerate(layers):
-    for part, written, inner in (('attn', 2 * i + 1, 'attn.v_out'), ('mlp', 2 * i + 2, 'mlp.post_act')):
-      if not begin < written <= stream:
-        continue
-      sae_site = next((s for s in (f'h.{i}.resid.delta_{part}', f'h.{i}.{inner}') if s in own), None)
-      if sae_site is not None:
-        stands.append(sae_site)
-      elif part == 'attn':
-        sums['attention'] += float(by_head['direct_effect'].sum())
-      else:
-        sums['mlp'] += float(layer_sums['neurons'])
-      if sae_site is None or sae_site.endswith(inner):
-        sums['attention' if part == 'attn' else 'mlp'] += float(parts[part]['held'])
-        sums['biases'] += float(parts[part]['bias']['direct_effect'].sum())
-  for site in stands:
-    _, error, bias, _, latents = own[site]
-    sums['latents'] += float(latents)
-    sums['errors'] += float(error['direct_effect'].sum())
-    sums['biases'] += float(bias['direct_effect'].sum())
+  for site in made_of(sae_sites, len(layers), stream):
+    part = next((part for part, names in INNER.items() if site.endswith(names)), None)
+    if part is not None:
+      _, by_head, parts, layer_sums = layers[objectives.split_site(site)[0]]
+    if site in sae_sites:
+      _, error, bias, _, latents = own[site]
+      sums['latents'] += float(latents)
+      sums['errors'] += float(error['direct_effect'].sum())
+      sums['biases'] += float(bias['direct_effect'].sum())
+    elif part is None:
+      sums['embedding'] += float(embedding['direct_effect'].sum())
+    elif part == 'attn':
+      sums['attention'] += float(by_head['direct_effect'].sum())
+    else:
+      sums['mlp'] += float(layer_sums['neurons'])
+    if site.endswith(('v_out', 'post_act')):
+      sums['attention' if part == 'attn' else 'mlp'] += float(parts[part]['held'])
+      sums['biases'] += float(parts[part]['bias']['direct_effect'].sum())
   return sums

@@ -112,7 +112,9 @@ def _asked(subject: Subject, prepared: Prepared, objective) -> Prepared:
     found = dataclasses.replace(found, direction_d=grad_td[found.token])
   if isinstance(objective, schema.KL):
     z_td = _final(subject.model, prepared.tokens_bt)
-    found = dataclasses.replace(found, log_probs_v=jax.device_get(_log_probs(subject.model, z_td, found.token)))
+    found = dataclasses.replace(
+      found, log_probs_v=jax.device_get(jax.nn.log_softmax(lens.logits(subject.model, z_td, found.token)))
+    )
   return dataclasses.replace(prepared, question=found)
 
 
@@ -184,11 +186,6 @@ def _qkv_change(block, stream_td, changed_td):
 def _final(model, tokens_bt):
   """Returns the final normed stream [token, d_model] of a run without any edit."""
   return sites.forward(model, tokens_bt, capture=('resid.post_ln_f',))[1]['resid.post_ln_f'][0]
-
-
-@jax.jit
-def _log_probs(model, z_td, token):
-  return jax.nn.log_softmax(jnp.einsum('d,vd->v', z_td[token], model.unembedding, preferred_element_type=jnp.float32))
 
 
 # Values of other runs

@@ -124,8 +124,6 @@ def check(subject: Subject, ablation: schema.Ablation, sae_sites: Sequence[str])
       raise ValueError(f'layer {ablation.layer} is not there; there are {config.n_layer}, from 0')
   if ablation.index is not None and ablation.index >= n:
     raise ValueError(f'{ablation.kind} {ablation.index} is not there; there are {n}, from 0')
-  if ablation.source is not None and ablation.kind != 'head':
-    raise ValueError(f'a {ablation.kind} has no source; leave it out')
 
 
 def _hold(x, tap, held, layer_or_sae):
@@ -174,12 +172,8 @@ def held_tokens(held: Held, name: str, layer: int, n_tokens: int) -> jax.Array:
 def edits(held: Held, n_layer: int, sae_sites: Sequence[str]) -> tuple[sites.Edit, ...]:
   """Returns the edits of a run; those at a site where an SAE is spliced in come before the splice."""
   found = [sites.Edit('resid.post_emb', _hold, (held, 0))]
-  found += [
-    sites.Edit(f'h.{layer}.{name}', _hold, (held, layer))
-    for layer in range(n_layer)
-    for name in HOLDABLE
-    if '.' in name and name != 'resid.post_emb'
-  ]
+  for layer in range(n_layer):
+    found += layer_edits(held, layer, {}, f'h.{layer}.')
   found += [sites.Edit(f'{site}.latents', _hold, (held, number)) for number, site in enumerate(sae_sites)]
   return tuple(found)
 
@@ -191,16 +185,18 @@ def of_layer(held: Held, layer: int) -> Held:
   return dataclasses.replace(held, donors=tuple(own(donor) for donor in held.donors))
 
 
-def layer_edits(held: Held, layer, saes: Mapping[str, int]) -> list[sites.Edit]:
+def layer_edits(held: Held, layer, saes: Mapping[str, int], prefix: str = '') -> list[sites.Edit]:
   """Returns the edits of one layer, by names within it.
 
   Args:
     held: of `of_layer`.
     layer: its number; may be traced.
     saes: {name of a site within the layer: number of its SAE}.
+    prefix: of all names, where the whole model runs.
   """
-  found = [sites.Edit(name, _hold, (held, layer)) for name in HOLDABLE if name not in ('latents', 'resid.post_emb')]
-  return found + [sites.Edit(f'{name}.latents', _hold, (held, number)) for name, number in saes.items()]
+  names = [name for name in HOLDABLE if name not in ('latents', 'resid.post_emb')]
+  found = [sites.Edit(f'{prefix}{name}', _hold, (held, layer)) for name in names]
+  return found + [sites.Edit(f'{prefix}{name}.latents', _hold, (held, number)) for name, number in saes.items()]
 
 
 # Edges

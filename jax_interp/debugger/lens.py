@@ -175,13 +175,14 @@ def node_tokens(
 
 
 @jax.jit
-def _logits(model, z_td, token):
+def logits(model, z_td, token):
+  """Returns the logits [vocab] at a token of the final normed stream."""
   return jnp.einsum('d,vd->v', z_td[token], model.unembedding, preferred_element_type=jnp.float32)
 
 
 def candidates(subject: Subject, z_td: jax.Array, token: int, pinned: Sequence[int]) -> schema.Candidates:
   """Returns the most probable next tokens at a token, after those that are pinned."""
-  logits_v = np.asarray(_logits(subject.model, z_td, np.int32(token)))
+  logits_v = np.asarray(logits(subject.model, z_td, np.int32(token)))
   order = np.argsort(-logits_v, kind='stable')
   rank_v = np.empty(len(order), np.int64)
   rank_v[order] = np.arange(len(order))

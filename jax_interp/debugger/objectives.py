@@ -307,6 +307,11 @@ def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: di
   return jax.lax.switch(question.kind, [branches[kind] for kind in sorted(branches)], small)
 
 
+def on_stream(site: str) -> bool:
+  """Returns whether a site is the residual stream itself, not what a layer adds to it."""
+  return split_site(site)[1] in ('resid.post_emb', 'resid.post_attn', 'resid.post_mlp')
+
+
 def split_site(site: str) -> tuple[int | None, str]:
   """Returns the layer of a site, None for the embedding, and its name within the layer."""
   if site == 'resid.post_emb':
@@ -379,5 +384,5 @@ def is_linear(question: Question, sae_sites: tuple[str, ...]) -> bool:
   if question.kind == WRITE:
     return not question.through.any()
   if question.kind == LATENT:
-    return '.resid.post' in f'.{sae_sites[question.layer]}'
+    return on_stream(sae_sites[question.layer])
   return question.kind in LINEAR

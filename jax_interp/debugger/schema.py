@@ -37,10 +37,10 @@ WHERE = {  # the fields that say where a node of each kind is
 }
 
 
-def _has_no_other_place(asked):
+def _has_no_other_place(asked, where=WHERE):
   """Refuses what says where a node is, but not one of its kind: it would be read as another, or listed twice."""
   for name in ('token', 'source', 'layer', 'index', 'site'):
-    if getattr(asked, name, None) is not None and name not in WHERE[asked.kind]:
+    if getattr(asked, name, None) is not None and name not in where[asked.kind]:
       raise ValueError(f'{name} is no part of where a node of kind {asked.kind} is; leave it out')
   return asked
 
@@ -216,6 +216,10 @@ class Resample(Strict):
 Held = Annotated[Value | Mean | OtherPrompt | Resample, Field(discriminator='kind')]
 
 
+HELD = {'head': ('layer', 'index', 'source'), 'neuron': ('layer', 'index'), 'latent': ('site', 'index')}  # as WHERE
+HELD |= {'embedding': (), 'attn': ('layer',), 'mlp': ('layer',)}
+
+
 class Ablation(Strict):
   """Holds components at a value; later ablations of a request win over earlier ones.
 
@@ -225,7 +229,7 @@ class Ablation(Strict):
   reading is held hides what is done to single pairs.
   """
 
-  kind: Literal['head', 'neuron', 'latent', 'embedding', 'attn', 'mlp']
+  kind: Literal[tuple(HELD)]
   layer: Index | None = Field(None, description='None for embedding and latent.')
   site: Site | None = Field(None, description='latent only: the site of its SAE.')
   index: Index | None = Field(None, description='Of the head, neuron or latent; None: all of the layer or site.')
@@ -233,6 +237,10 @@ class Ablation(Strict):
   last: Position = Field(-1, description='The last token that is ablated.')
   source: Position | None = Field(None, description='head only: this token pair alone; None: all sources.')
   to: Held = Field(Value(), description='What it is held at.')
+
+  @pydantic.model_validator(mode='after')
+  def _place(self):
+    return _has_no_other_place(self, HELD)
 
 
 class EdgeAblation(Strict):
@@ -372,7 +380,7 @@ class Response(Strict):
 
 
 class CompareRequest(Strict):
-  """Two runs over one list of nodes; without a right one, the left without its ablations."""
+  """Two runs over one list of nodes; without a right one, the left of the other model, or without its ablations."""
 
   left: Request = Field(description='The run that is compared.')
   right: Request | None = Field(None, description='What it is compared with.')
@@ -421,7 +429,7 @@ class EdgesRequest(Strict):
   frozen: bool = Field(
     True, description="Whether the scale of the reader's norm is held; of a latent, that of its SAE's input too."
   )
-  n: int = Field(50, ge=1, le=1000, description='Edges out of a node that are listed, the largest of either sign.')
+  n: int = Field(50, ge=1, le=1000, description='Edges that are listed, the largest of either sign.')
 
 
 class EdgesResponse(Strict):

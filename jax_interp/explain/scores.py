@@ -64,9 +64,17 @@ def normalize(activations: Sequence[float], maximum: float) -> np.ndarray:
   return np.minimum(LEVELS, np.floor(LEVELS * x / maximum)).astype(int)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-  """Returns the mean of values and its 95 % percentile-bootstrap interval, resampling the values (a fixed seed)."""
+def interval(values: Sequence) -> list:
+  """Returns the mean of values and its 95 % percentile-bootstrap interval, resampling the values (a fixed seed).
+
+  Args:
+    values: numbers, or arrays of one shape, of which it is done for each place.
+
+  Returns:
+    mean, lower and upper end; numbers, or nested lists.
+  """
   values = np.asarray(values, np.float64)
   resamples = np.random.default_rng(0).integers(len(values), size=(N_BOOTSTRAP, len(values)))
-  low, high = np.quantile(values[resamples].mean(1), (0.025, 0.975))
-  return float(values.mean()), float(low), float(high)
+  counts = np.apply_along_axis(np.bincount, 1, resamples, minlength=len(values))
+  low, high = np.quantile(np.tensordot(counts, values, 1) / len(values), (0.025, 0.975), axis=0)
+  return [x.tolist() for x in (values.mean(0), low, high)]

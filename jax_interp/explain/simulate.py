@@ -8,11 +8,11 @@ a JSON list. What cannot be read is a status, and never counts as a prediction o
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jax_interp.explain import scores, token_activation
+from jax_interp.explain import results, scores, token_activation
 from jax_interp.llm import client
 
 ALL_AT_ONCE, AS_JSON = 'all_at_once', 'json'
@@ -42,6 +42,19 @@ def simulator(llm: client.LLM) -> str:
 def simulate(llm: client.LLM, explanation: str, tokens: Sequence[str]) -> Simulation:
   """Returns the activations the model expects on each token of an excerpt of a component with this explanation."""
   return all_at_once(llm, explanation, tokens) if llm.slots else as_json(llm, explanation, tokens)
+
+
+def simulate_excerpts(llm: client.LLM, explanation: str, target: results.Target) -> Iterator[dict]:
+  """Yields {'status', 'detail', 'simulated'} of each excerpt a component is scored on, as it is asked for.
+
+  `simulated` holds activations in the component's own unit: level 10 is the most it does on the excerpts that it is
+  explained from; None where the status is not 'ok'.
+  """
+  unit = target.maximum / scores.LEVELS
+  for excerpt in target.scored:
+    simulation = simulate(llm, explanation, excerpt.tokens)
+    acts = (simulation.expected_t * unit).tolist() if simulation.status == 'ok' else None
+    yield {'status': simulation.status, 'detail': simulation.detail, 'simulated': acts}
 
 
 def expected_value(logprobs: Mapping[str, float], top_level: int) -> float | None:

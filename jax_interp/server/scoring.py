@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 
-from jax_interp.explain import results, scores, simulate
+from jax_interp.explain import results, simulate
 from jax_interp.llm import client, cost
 from jax_interp.server import catalog, errors, jobs, schema
 
@@ -73,8 +73,8 @@ class Scorer:
       Failed: 404, there is no such component; 422, it cannot be scored, or that costs more than is left of the budget.
     """
     target, meter = self._target(request), cost.Meter(self._llm)
-    for excerpt in target.scored:
-      simulate.simulate(meter, request.explanation, excerpt.tokens)
+    for _ in simulate.simulate_excerpts(meter, request.explanation, target):
+      pass
     used, usd = meter.usage, None
     if self._price is not None:
       usd = (used.prompt_tokens * self._price[0] + used.completion_tokens * self._price[1]) / 1e6
@@ -119,16 +119,14 @@ class Scorer:
     """
     asked = self._redeem(request.id)
     target, found = self._target(asked), []
-    level = target.maximum / scores.LEVELS  # 10 is the most that the component does on the excerpts to explain it from
-    for i, excerpt in enumerate(target.scored):
-      progress(i / len(target.scored), 'simulating')
-      try:
-        simulation = simulate.simulate(self._llm, asked.explanation, excerpt.tokens)
-      except (OSError, ValueError) as e:  # what they say may quote the server, and so the key
-        _log.error('the language model cannot be asked', exc_info=e)
-        raise errors.Failed(502, 'the language model cannot be asked; the log of the server says why') from e
-      activations = (simulation.expected_t * level).tolist() if simulation.status == 'ok' else None
-      found.append({'status': simulation.status, 'simulated': activations})
+    progress(0.0, 'simulating')
+    try:
+      for simulation in simulate.simulate_excerpts(self._llm, asked.explanation, target):
+        found.append(simulation)
+        progress(len(found) / len(target.scored), 'simulating')
+    except (OSError, ValueError) as e:  # what they say may quote the server, and so the key
+      _log.error('the language model cannot be asked', exc_info=e)
+      raise errors.Failed(502, 'the language model cannot be asked; the log of the server says why') from e
     pairs = list(zip(target.scored, found, strict=True))
     own = results.score(pairs)
     return schema.ScoreResponse(

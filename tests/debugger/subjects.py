@@ -21,6 +21,10 @@ ON_STREAM = {
   'h.1.resid.post_mlp': (38, 9, 'unit_norm'),
 }
 SAES = INNER | ON_STREAM
+SUBJECTS = {  # arguments of `build`: of each family one, together with SAEs at all kinds of site
+  'gpt2': ('gpt2', ('h.0.mlp.post_act', 'h.1.resid.post_mlp', 'resid.post_emb')),
+  'llama': ('llama', ('h.0.resid.delta_attn', 'h.1.attn.v_out', 'h.1.resid.delta_mlp', 'h.1.resid.post_attn')),
+}
 
 
 class Tokenizer:

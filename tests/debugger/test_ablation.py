@@ -2,12 +2,10 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
 T, OTHER, DECODED = subjects.N_TOKENS, '11 2 50 8 8 30 21 6 1', 'h.1.resid.delta_mlp'
@@ -65,12 +63,6 @@ CASES = {
     [(POST_ACT, (WHOLE, 5), 1), (POST_ACT, (LATER,), 0)],
   ),
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield
 
 
 @pytest.fixture(scope='module')

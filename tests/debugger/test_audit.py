@@ -2,18 +2,12 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import audit, engine, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
-SUBJECTS = {  # together, SAEs at all kinds of site
-  'gpt2': ('gpt2', ('h.0.mlp.post_act', 'h.1.resid.post_mlp', 'resid.post_emb')),
-  'llama': ('llama', ('h.0.resid.delta_attn', 'h.1.attn.v_out', 'h.1.resid.delta_mlp', 'h.1.resid.post_attn')),
-}
 HEAD = schema.Node(kind='head', layer=2, token=6, source=3, index=3)
 DIRECTION = np.random.default_rng(3).normal(size=32).tolist()
 QUESTIONS = {
@@ -51,17 +45,17 @@ EDITED = {
 
 
 @pytest.fixture(scope='module', autouse=True)
-def setting():
-  """One device, and batches of one size that read the last 4 tokens or all, so that less is compiled."""
-  with jax.set_mesh(sharding.make_mesh(1, 1)), pytest.MonkeyPatch.context() as patched:
+def batches():
+  """Batches of one size that read the last 4 tokens or all, so that less is compiled."""
+  with pytest.MonkeyPatch.context() as patched:
     patched.setattr(audit, 'SIZES', (32,))
     patched.setattr(audit, 'SHARES', (1 / 4, 1))
     yield
 
 
-@pytest.fixture(scope='module', params=list(SUBJECTS))
-def subject(request, setting):
-  return subjects.build(*SUBJECTS[request.param])
+@pytest.fixture(scope='module', params=list(subjects.SUBJECTS))
+def subject(request):
+  return subjects.build(*subjects.SUBJECTS[request.param])
 
 
 def some_nodes(subject, kinds=audit.ABLATABLE, n=9):
@@ -208,8 +202,8 @@ def test_the_ratio_is_one_where_the_objective_is_linear_in_the_node(subject):
       assert ratio == pytest.approx(1, abs=1e-3) if abs(measured) > 1e-2 else True
 
 
-def test_lots_and_batches_that_grow_change_nothing(monkeypatch, setting):
-  subject = subjects.build(*SUBJECTS['llama'])
+def test_lots_and_batches_that_grow_change_nothing(monkeypatch):
+  subject = subjects.build(*subjects.SUBJECTS['llama'])
   nodes = some_nodes(subject, n=3)
   whole = audited(subject, n=14, nodes=nodes)
   request = schema.AuditRequest(request=whole.request.request, n=14, steps=0)

@@ -20,12 +20,6 @@ HEAD = schema.Node(kind='head', layer=2, token=6, source=3, index=3)
 DIRECTION = np.random.default_rng(3).normal(size=32).tolist()
 
 
-@pytest.fixture
-def one_device():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield
-
-
 # The reference
 
 
@@ -186,13 +180,13 @@ def carried_by(subject, counterfactual):
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('sites', [(), tuple(subjects.SAES)], ids=['no SAE', 'SAEs'])
-def test_a_run_without_cuts_is_the_model(one_device, family, sites):
+def test_a_run_without_cuts_is_the_model(family, sites):
   _, setting, uncut = asked('logits', family, sites=sites)
   np.testing.assert_allclose(uncut.objective_b, engine.value(setting.subject, setting.prepared), atol=1e-5)
 
 
 @pytest.mark.parametrize('family', [*FAMILIES, 'odd_llama'])
-def test_cutting_all_edges_of_a_writer_is_its_ablation(one_device, family):
+def test_cutting_all_edges_of_a_writer_is_its_ablation(family):
   subject, setting, uncut = asked('logits', family)
   writers = ['h.0.attn.3', 'h.1.mlp', 'h.2.attn.0']
   cuts = []
@@ -213,7 +207,7 @@ def test_cutting_all_edges_of_a_writer_is_its_ablation(one_device, family):
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('name', OBJECTIVES)
-def test_cut_edges_are_those_of_the_reference(one_device, family, name):
+def test_cut_edges_are_those_of_the_reference(family, name):
   subject, setting, uncut = asked(name, family)
   rng, (_, of) = np.random.default_rng(0), OBJECTIVES[name]
   cuts = [setting.graph.possible_rw * (rng.random(setting.graph.possible_rw.shape) < p) for p in (0.02, 0.1, 0.5, 1)]
@@ -226,7 +220,7 @@ def test_cut_edges_are_those_of_the_reference(one_device, family, name):
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('counterfactual', [schema.Mean(), schema.OtherPrompt(prompt=OTHER)], ids=lambda x: x.kind)
-def test_cut_edges_carry_the_counterfactual(one_device, family, counterfactual):
+def test_cut_edges_carry_the_counterfactual(family, counterfactual):
   subject, setting, uncut = asked('logits', family, counterfactual)
   cut_rw = setting.graph.possible_rw * (np.random.default_rng(0).random(setting.graph.possible_rw.shape) < 0.3)
   carried = carried_by(subject, counterfactual)
@@ -239,7 +233,7 @@ def test_cut_edges_carry_the_counterfactual(one_device, family, counterfactual):
     np.testing.assert_allclose(everything, logits_v[[8, 21]].mean() - logits_v[30], atol=1e-4)
 
 
-def test_one_cut_edge_changes_the_queries_of_one_head(one_device):
+def test_one_cut_edge_changes_the_queries_of_one_head():
   subject, setting, uncut = asked('logits', 'gpt2')
   graph, block = setting.graph, subject.model.h[2]
   cut_rw = np.zeros(graph.possible_rw.shape, bool)
@@ -258,7 +252,7 @@ def test_one_cut_edge_changes_the_queries_of_one_head(one_device):
   assert abs(expected - uncut.objective_b[0]) > 1e-4
 
 
-def test_ablations_stay_where_edges_are_cut(one_device):
+def test_ablations_stay_where_edges_are_cut():
   held = [
     schema.Ablation(kind='attn', layer=1, to=schema.Mean()),
     schema.Ablation(kind='mlp', layer=0, to=schema.OtherPrompt(prompt=OTHER)),
@@ -278,7 +272,7 @@ def test_ablations_stay_where_edges_are_cut(one_device):
   assert min(abs(expected), abs(by_writer['h.2.mlp'])) > 1e-3
 
 
-def test_other_cuts_and_prompts_do_not_recompile(one_device):
+def test_other_cuts_and_prompts_do_not_recompile():
   subject, setting, uncut = asked('log_probability', 'gpt2')
   rng = np.random.default_rng(0)
   cuts = lambda: [rng.random(setting.graph.possible_rw.shape) < 0.5 for _ in range(setting.lot + 1)]
@@ -314,7 +308,7 @@ def test_other_cuts_and_prompts_do_not_recompile(one_device):
     ('attention_q', 1, schema.OtherPrompt(prompt=OTHER)),
   ],
 )
-def test_scores_are_derivatives_by_the_cuts(one_device, family, name, steps, counterfactual):
+def test_scores_are_derivatives_by_the_cuts(family, name, steps, counterfactual):
   subject, setting, uncut = asked(name, family, counterfactual)
   graph, (_, of) = setting.graph, OBJECTIVES[name]
   found_rw = circuits.scores(setting, uncut, steps)
@@ -381,7 +375,7 @@ def _brute_force(graph, scores_rw, n_edges):
   return kept | set(joining[: n_edges - len(kept)])
 
 
-def test_choosing_is_by_brute_force(one_device):
+def test_choosing_is_by_brute_force():
   subject = subjects.build('gpt2', sample=False)
   prepared = engine.prepare(subject, subjects.request(OBJECTIVES['neuron'][0]))  # of layer 1: a graph of two layers
   graph = circuits.graph_of(subject.model, prepared.question)
@@ -397,7 +391,7 @@ def test_choosing_is_by_brute_force(one_device):
     assert (circuits.on_paths(small, kept_rw) == kept_rw).all()
 
 
-def test_the_graph_is_what_can_reach_the_objective(one_device):
+def test_the_graph_is_what_can_reach_the_objective():
   subject = subjects.build('llama', tuple(subjects.SAES))
   saes = tuple(sorted(subject.saes))
   graphs = {}
@@ -436,7 +430,7 @@ def found_circuit(family='gpt2', n_edges=25, counterfactual=None, sites=(), prog
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_what_is_said_of_a_circuit_is_measured(one_device, family):
+def test_what_is_said_of_a_circuit_is_measured(family):
   counterfactual = schema.OtherPrompt(prompt=OTHER)
   subject, found = found_circuit(family, counterfactual=counterfactual)
   graph = circuits.graph_of(subject.model, engine.prepare(subject, found.request.request).question)
@@ -463,7 +457,7 @@ def test_what_is_said_of_a_circuit_is_measured(one_device, family):
 
 
 @pytest.mark.parametrize('sites', [(), tuple(subjects.SAES)], ids=['no SAE', 'SAEs'])
-def test_all_edges_are_the_model_and_none_is_empty(one_device, sites):
+def test_all_edges_are_the_model_and_none_is_empty(sites):
   _, found = found_circuit(n_edges=10_000, sites=sites, counterfactual=schema.Resample(seed=1))
   assert len(found.edges) == found.n_possible > circuits.MAX_MEASURED - 100
   np.testing.assert_allclose([found.circuit, found.complement], [found.full, found.empty], atol=1e-6)
@@ -487,7 +481,7 @@ def test_a_mesh_changes_nothing(family, sites):
   np.testing.assert_allclose([e.measured for e in one.edges], [e.measured for e in four.edges], atol=1e-5)
 
 
-def test_a_latent_can_be_what_a_circuit_is_of(one_device):
+def test_a_latent_can_be_what_a_circuit_is_of():
   for site in subjects.SAES:
     objective = schema.PreActivation(node=schema.Node(kind='latent', site=site, token=5, index=3))
     _, found = found_circuit(objective=objective, sites=tuple(subjects.SAES), n_edges=10_000)
@@ -495,26 +489,26 @@ def test_a_latent_can_be_what_a_circuit_is_of(one_device):
     assert abs(found.full - found.empty) > 1e-3
 
 
-def test_minimality_is_left_out_where_it_is_not_asked_for(one_device):
+def test_minimality_is_left_out_where_it_is_not_asked_for():
   subject = subjects.build('gpt2')
   found = circuits.find(subject, schema.CircuitRequest(request=subjects.request(), n_edges=5, minimality=False))
   assert found.minimality is None
   assert [edge.measured for edge in found.edges] == [None] * 5
 
 
-def test_a_number_is_no_write(one_device):
+def test_a_number_is_no_write():
   with pytest.raises(ValueError, match=r'is a vector, not 2\.0; give 0'):
     found_circuit(counterfactual=schema.Value(value=2.0))
 
 
-def test_numbers_that_are_not_finite_are_refused(one_device):
+def test_numbers_that_are_not_finite_are_refused():
   subject = subjects.build()
   subject = dataclasses.replace(subject, model=jax.tree.map(lambda x: 1e30 * x, subject.model))
   with pytest.raises(ValueError, match='not finite; hold activations at smaller values'):
     circuits.find(subject, schema.CircuitRequest(request=subjects.request()))
 
 
-def test_progress_grows_and_can_stop(one_device):
+def test_progress_grows_and_can_stop():
   shares = []
   found_circuit(n_edges=12, progress=lambda share, what: shares.append(share))
   assert shares == sorted(shares)

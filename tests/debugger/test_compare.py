@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jax_interp.debugger import compare, engine, schema
-from models import sharding
 from tests.debugger import subjects
 from tests.models import families
 
@@ -21,8 +20,7 @@ ABLATIONS = [
 
 @pytest.fixture(scope='module')
 def subject():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield subjects.build('gpt2', SITES)
+  return subjects.build('gpt2', SITES)
 
 
 @pytest.fixture(scope='module')
@@ -77,12 +75,12 @@ def test_two_prompts(subject):
 
 def test_two_models(subject, perturbed):
   request = subjects.request(k=4, ablations=ABLATIONS[:1])
-  asked = schema.CompareRequest(left=request, right=request, right_model='other')
-  found = compare.compare(subject, asked, other=perturbed)
-  assert_compares(found, engine.debug(subject, request), engine.debug(perturbed, request))
-  # Without a right request: the other model without ablations.
   found = compare.compare(subject, schema.CompareRequest(left=request, right_model='other'), other=perturbed)
-  assert_compares(found, engine.debug(subject, request), engine.debug(perturbed, subjects.request(k=4)))
+  assert_compares(found, engine.debug(subject, request), engine.debug(perturbed, request))
+  # With a right request, that is what the other model is asked.
+  asked = schema.CompareRequest(left=request, right=subjects.request(k=4), right_model='other')
+  found = compare.compare(subject, asked, other=perturbed)
+  assert_compares(found, engine.debug(subject, request), engine.debug(perturbed, asked.right))
 
 
 def test_what_cannot_be_compared_is_refused(subject, perturbed):
@@ -161,3 +159,12 @@ def test_prompts_that_do_not_match_are_refused(subject):
   asked = [*requests([OTHER]), *requests([OTHER], saes=[])]
   with pytest.raises(ValueError, match='with the same SAEs'):
     compare.template(subject, schema.TemplateRequest(requests=asked))
+  trace = schema.Trace(node=schema.Node(kind='neuron', layer=1, index=3, token=4))
+  for changes in (
+    {'objective': schema.Entropy()},
+    {'objective': schema.LogitDifference(targets=['8'], token=-2)},
+    {'trace': trace},
+  ):
+    asked = [*requests([OTHER]), *requests([OTHER], **changes)]
+    with pytest.raises(ValueError, match='prompt 1 has another kind or token of objective, or trace, than the first'):
+      compare.template(subject, schema.TemplateRequest(requests=asked))

@@ -8,13 +8,9 @@ import pytest
 from flax import nnx
 
 from jax_interp.debugger import engine, lens, schema, subject
-from models import gpt2, sharding
+from models import gpt2
 from tests.debugger import reference, subjects
 
-SUBJECTS = {  # together, SAEs at all kinds of site
-  'gpt2': ('gpt2', ('h.0.mlp.post_act', 'h.1.resid.post_mlp', 'resid.post_emb')),
-  'llama': ('llama', ('h.0.resid.delta_attn', 'h.1.attn.v_out', 'h.1.resid.delta_mlp', 'h.1.resid.post_attn')),
-}
 WARM_SITES = ('h.0.mlp.post_act', 'h.1.attn.v_out')  # no other test has GPT-2 with these alone
 
 
@@ -31,15 +27,9 @@ def compiling(n_at_most: float, n_at_least: int = 0):
   assert n_at_least <= len(compiled) <= n_at_most
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield
-
-
-@pytest.fixture(scope='module', params=list(SUBJECTS))
-def studied(request, one_device):
-  return subjects.build(*SUBJECTS[request.param])
+@pytest.fixture(scope='module', params=list(subjects.SUBJECTS))
+def studied(request):
+  return subjects.build(*subjects.SUBJECTS[request.param])
 
 
 # Activations
@@ -154,7 +144,7 @@ def test_the_lens_has_at_most_the_vocabulary(studied):
 
 
 @pytest.fixture(scope='module')
-def warmed(one_device):
+def warmed():
   studied = subjects.build('gpt2', WARM_SITES)
   with compiling(np.inf, n_at_least=10):
     engine.warm(studied)

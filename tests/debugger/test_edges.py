@@ -1,17 +1,11 @@
 """Edges between nodes against NumPy and float64: one reader's input changed along a write, and nothing else."""
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import edges, engine, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
-SUBJECTS = {  # together, SAEs at all kinds of site
-  'gpt2': ('gpt2', ('h.0.mlp.post_act', 'h.1.resid.post_mlp', 'resid.post_emb')),
-  'llama': ('llama', ('h.0.resid.delta_attn', 'h.1.attn.v_out', 'h.1.resid.delta_mlp', 'h.1.resid.post_attn')),
-}
 HEAD = schema.Node(kind='head', layer=2, token=6, source=3, index=3)
 NEURON = schema.Node(kind='neuron', layer=2, token=6, index=11)
 EARLY = schema.Node(kind='neuron', layer=1, token=6, index=4)
@@ -19,15 +13,9 @@ DIRECTION = np.random.default_rng(3).normal(size=32).tolist()
 TRACE = schema.Trace(node=schema.Node(kind='head', layer=2, token=6, source=4, index=1), through='qk')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield
-
-
-@pytest.fixture(scope='module', params=list(SUBJECTS))
-def subject(request, one_device):
-  return subjects.build(*SUBJECTS[request.param])
+@pytest.fixture(scope='module', params=list(subjects.SUBJECTS))
+def subject(request):
+  return subjects.build(*subjects.SUBJECTS[request.param])
 
 
 def found(subject, request=None, **asked) -> schema.EdgesResponse:
@@ -364,7 +352,7 @@ def test_edges_of_one_layer_are_cut_together_and_those_of_a_later_one_behind_the
 
 
 def test_heads_that_share_a_key_have_edges_of_both_cut():
-  subject = subjects.build(*SUBJECTS['llama'])  # heads 0 to 2 share keys
+  subject = subjects.build(*subjects.SUBJECTS['llama'])  # heads 0 to 2 share keys
   expected = reference.answer(subject, subjects.request())
   nodes = [schema.Node(kind='embedding', token=t) for t in (2, 4)]
   ablations = [schema.EdgeAblation(node=n, layer=1, head=h, into='k') for n, h in zip(nodes, (0, 2), strict=True)]
@@ -392,7 +380,7 @@ def test_heads_that_share_a_key_have_edges_of_both_cut():
   ],
 )
 def test_what_is_no_edge_is_refused(asked, message):
-  subject = subjects.build(*SUBJECTS['gpt2'])
+  subject = subjects.build(*subjects.SUBJECTS['gpt2'])
   with pytest.raises(ValueError, match=message):
     found(subject, **asked)
 
@@ -408,7 +396,7 @@ def test_what_is_no_edge_is_refused(asked, message):
   ],
 )
 def test_what_is_no_edge_is_not_cut(change, message):
-  subject = subjects.build(*SUBJECTS['gpt2'])
+  subject = subjects.build(*subjects.SUBJECTS['gpt2'])
   ablation = {'node': schema.Node(kind='embedding', token=3), 'layer': 1, 'head': 1, 'into': 'k'} | change
   with pytest.raises(ValueError, match=message):
     value(subject, [schema.EdgeAblation(**ablation)])

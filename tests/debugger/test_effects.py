@@ -1,11 +1,10 @@
 """Every column of every kind of node, sums of them, and which norm scales are held, against float64 NumPy."""
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, schema
-from models import sharding, sites
+from models import sites
 from tests.debugger import reference, subjects
 
 SUBJECTS = {
@@ -19,8 +18,7 @@ KINDS = ('embedding', 'head', 'head_token', 'head_total', 'neuron', 'latent', 'b
 
 @pytest.fixture(scope='module', params=list(SUBJECTS))
 def subject(request):
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield subjects.build(*SUBJECTS[request.param])
+  return subjects.build(*SUBJECTS[request.param])
 
 
 def _some(expected, n=25):

@@ -30,9 +30,8 @@ def _assert_same(one: schema.Response, other: schema.Response):
 
 
 @pytest.fixture(scope='module')
-def one_device():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield subjects.build('gpt2', SITES)
+def small():
+  return subjects.build('gpt2', SITES)
 
 
 REQUESTS = {
@@ -42,7 +41,7 @@ REQUESTS = {
 }
 
 
-def test_padding_changes_nothing(one_device, monkeypatch):
+def test_padding_changes_nothing(small, monkeypatch):
   # All other tests compare padded runs with references that are not padded.
   plain = subjects.build('gpt2')
   requests = [subjects.request(k=5, **REQUESTS[name]) for name in ('objective', 'ablation')]
@@ -54,8 +53,8 @@ def test_padding_changes_nothing(one_device, monkeypatch):
     _assert_same(one, other)
 
 
-def test_a_mesh_of_four_devices_answers_as_one_does(one_device):
-  expected = [engine.debug(one_device, subjects.request(k=5, **changes)) for changes in REQUESTS.values()]
+def test_a_mesh_of_four_devices_answers_as_one_does(small):
+  expected = [engine.debug(small, subjects.request(k=5, **changes)) for changes in REQUESTS.values()]
   with jax.set_mesh(sharding.make_mesh(2, 2)):
     sharded = subjects.build('gpt2', SITES)
     found = [engine.debug(sharded, subjects.request(k=5, **changes)) for changes in REQUESTS.values()]
@@ -63,7 +62,7 @@ def test_a_mesh_of_four_devices_answers_as_one_does(one_device):
     _assert_same(one, other)
 
 
-def test_requests_that_change_values_compile_nothing(one_device):
+def test_requests_that_change_values_compile_nothing(small):
   plain = subjects.build('gpt2')
   ask = lambda objective=None, of=plain, **changes: engine.debug(of, subjects.request(objective, **{'k': 5} | changes))
   rng = np.random.default_rng(0)
@@ -73,7 +72,7 @@ def test_requests_that_change_values_compile_nothing(one_device):
   ask(n_tokens=3, ablations=off)
   ask(schema.KL(), ablations=off)
   ask(schema.Continuation(text='5'), ablations=off)
-  ask(of=one_device, ablations=off)
+  ask(of=small, ablations=off)
   counts = lambda: [
     function._cache_size()
     for function in (effects.run, effects._layer_extremes, effects._sae_extremes, engine._value, lens._promoted)
@@ -89,22 +88,22 @@ def test_requests_that_change_values_compile_nothing(one_device):
     ask(schema.Continuation(text='8 9 10'), prompt=text(9))
     ask(schema.Projection(site='h.1.resid.post_attn', direction=[1.0] * 32))
     ask(schema.KL(token=3), ablations=[Ablation(kind='head', layer=1, index=3, to=schema.Value(value=2))])
-    ask(of=one_device, ablations=[Ablation(kind='latent', site=SITES[1], index=4)])
+    ask(of=small, ablations=[Ablation(kind='latent', site=SITES[1], index=4)])
     ask(ablations=[Ablation(kind='neuron', layer=2, index=n, first=n) for n in range(6)], n_tokens=7)
     for through in ('q', 'k', 'qk', 'v', 'all'):
       ask(trace=schema.Trace(node=HEAD, through=through), objective=schema.Entropy(token=5))
     ask(trace=schema.Trace(node=Node(kind='neuron', layer=2, index=1, token=3)))
-    ask(of=one_device, trace=schema.Trace(node=Node(kind='latent', site=SITES[0], index=1, token=3)))
-    ask(of=one_device, trace=schema.Trace(node=Node(kind='latent', site=SITES[1], index=2, token=5)), prompt=text(11))
+    ask(of=small, trace=schema.Trace(node=Node(kind='latent', site=SITES[0], index=1, token=3)))
+    ask(of=small, trace=schema.Trace(node=Node(kind='latent', site=SITES[1], index=2, token=5)), prompt=text(11))
   finally:
     jax.monitoring.clear_event_listeners()
   assert counts() == before
   assert len(compiled) <= 8
 
 
-def test_progress_is_told_and_may_stop(one_device):
+def test_progress_is_told_and_may_stop(small):
   told = []
-  engine.debug(one_device, subjects.request(k=5), lambda share, what: told.append((share, what)))
+  engine.debug(small, subjects.request(k=5), lambda share, what: told.append((share, what)))
   shares = [share for share, _ in told]
   assert shares == sorted(shares)
   assert len(shares) > 1
@@ -115,7 +114,7 @@ def test_progress_is_told_and_may_stop(one_device):
     raise InterruptedError(what)
 
   with pytest.raises(InterruptedError):
-    engine.debug(one_device, subjects.request(k=5), stop)
+    engine.debug(small, subjects.request(k=5), stop)
 
 
 LATENT = Node(kind='latent', site=SITES[0], index=3, token=4)
@@ -151,7 +150,6 @@ BAD = {
   'h.1.attn.2 5<-2 is not upstream of what it is to write for': trace(HEAD, 'v', schema.Trace(node=LATENT)),
   'neuron 200 is not there; there are 128': ablate(kind='neuron', layer=0, index=200),
   'layer None is not there; there are 3': ablate(kind='attn'),
-  'a neuron has no source': ablate(kind='neuron', layer=0, index=2, source=1),
   'an ablation from token 5 to 2 is of none': ablate(kind='mlp', layer=0, first=5, last=2),
   'last 9 is not in a prompt of 7 tokens': ablate(kind='mlp', layer=0, last=9),
   'source 6 is behind token 3': ablate(kind='head', layer=0, index=1, last=3, source=6),
@@ -174,24 +172,38 @@ BAD = {
 
 
 @pytest.mark.parametrize('sentence', list(BAD))
-def test_what_is_not_there_is_refused_with_what_there_is(one_device, sentence):
+def test_what_is_not_there_is_refused_with_what_there_is(small, sentence):
   with pytest.raises(ValueError, match=sentence):
-    engine.debug(one_device, subjects.request(**({'k': 5} | BAD[sentence])))
+    engine.debug(small, subjects.request(**({'k': 5} | BAD[sentence])))
 
 
-def test_means_and_resamples_need_a_sample(one_device):
+@pytest.mark.parametrize(
+  ('place', 'name'),
+  [
+    ({'kind': 'neuron', 'layer': 0, 'index': 2, 'source': 1}, 'source'),
+    ({'kind': 'neuron', 'layer': 0, 'index': 2, 'site': 'h.0.mlp.post_act'}, 'site'),
+    ({'kind': 'latent', 'site': 'h.0.mlp.post_act', 'layer': 0}, 'layer'),
+    ({'kind': 'mlp', 'layer': 0, 'index': 2}, 'index'),
+  ],
+)
+def test_an_ablation_with_a_place_of_another_kind_is_refused(place, name):
+  with pytest.raises(ValueError, match=f'{name} is no part of where a node of kind {place["kind"]} is'):
+    schema.Ablation(**place)
+
+
+def test_means_and_resamples_need_a_sample(small):
   without = subjects.build('gpt2', SITES, sample=False)
   for to in (schema.Mean(), schema.Resample()):
     with pytest.raises(ValueError, match='there is no sample of text to take means or resamples of'):
       engine.debug(without, subjects.request(k=5, **ablate(kind='mlp', layer=0, to=to)))
 
 
-def test_saes_that_cannot_be_debugged_are_refused(one_device):
-  sae = one_device.saes[SITES[1]]
+def test_saes_that_cannot_be_debugged_are_refused(small):
+  sae = small.saes[SITES[1]]
   for saes, sentence in [
     ({'h.1.mlp.pre_act': sae}, "an SAE at 'h.1.mlp.pre_act' cannot be debugged"),
     ({'h.3.resid.post_mlp': sae}, 'h.0 to h.2'),
     ({'h.1.mlp.post_act': sae}, 'reads 32 numbers and the site has 128'),
   ]:
     with pytest.raises(ValueError, match=sentence):
-      subject.Subject(one_device.model, one_device.tokenizer, saes)
+      subject.Subject(small.model, small.tokenizer, saes)

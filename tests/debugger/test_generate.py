@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, generate, schema
-from models import generation, sharding, sites
+from models import generation, sites
 from tests.debugger import subjects
 
 SITES = ('h.0.mlp.post_act', 'h.1.resid.post_mlp')
@@ -16,8 +16,7 @@ IDS = [int(word) for word in subjects.PROMPT.split()]
 
 @pytest.fixture(scope='module', params=['gpt2', 'llama'])
 def subject(request):
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield subjects.build(request.param, SITES)
+  return subjects.build(request.param, SITES)
 
 
 def generated(subject, **changes) -> schema.GenerateResponse:

@@ -1,11 +1,9 @@
 """Tokens that nodes promote, that excite them and that latents come from, against float64 NumPy."""
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
 N = 6
@@ -15,11 +13,10 @@ OF_MLP, OF_ATTENTION = ('post_act', 'delta_mlp'), ('v_out', 'delta_attn')
 
 @pytest.fixture(scope='module', params=list(SUBJECTS))
 def answered(request):
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    subject = subjects.build(*SUBJECTS[request.param])
-    expected = reference.answer(subject, subjects.request())
-    request = subjects.request(k=3, n_tokens=N, nodes=[node for on in (True, False) for node in _latents(expected, on)])
-    yield engine.debug(subject, request), expected
+  subject = subjects.build(*SUBJECTS[request.param])
+  expected = reference.answer(subject, subjects.request())
+  request = subjects.request(k=3, n_tokens=N, nodes=[node for on in (True, False) for node in _latents(expected, on)])
+  return engine.debug(subject, request), expected
 
 
 def _latents(expected, on: bool):

@@ -1,11 +1,9 @@
 """Values and gradients of every objective, against float64 NumPy."""
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
 D = 32  # d_model of both families
@@ -39,14 +37,12 @@ EXACT |= {name for name in OBJECTIVES if name.startswith('projection')}
 
 @pytest.fixture(scope='module', params=['gpt2', 'llama'])
 def subject(request):
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield subjects.build(request.param)
+  return subjects.build(request.param)
 
 
 @pytest.fixture(scope='module')
 def gpt2():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield subjects.build('gpt2')
+  return subjects.build('gpt2')
 
 
 @pytest.mark.parametrize('name', ONE_DISTRIBUTION)

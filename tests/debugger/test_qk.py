@@ -1,30 +1,18 @@
 """Attention logits as sums over pairs of nodes, against NumPy and float64 without either or both of a pair."""
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import edges, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
-SUBJECTS = {  # together, SAEs at all kinds of site
-  'gpt2': ('gpt2', ('h.0.mlp.post_act', 'h.1.resid.post_mlp', 'resid.post_emb')),
-  'llama': ('llama', ('h.0.resid.delta_attn', 'h.1.attn.v_out', 'h.1.resid.delta_mlp', 'h.1.resid.post_attn')),
-}
 CELLS = [(0, 2, 5, 1), (1, 3, 6, 4), (2, 0, 4, 4), (2, 3, 6, 2)]  # layer, head, token, source
 SAES = [None, []]  # as asked for: all, none
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield
-
-
-@pytest.fixture(scope='module', params=list(SUBJECTS))
-def subject(request, one_device):
-  return subjects.build(*SUBJECTS[request.param])
+@pytest.fixture(scope='module', params=list(subjects.SUBJECTS))
+def subject(request):
+  return subjects.build(*subjects.SUBJECTS[request.param])
 
 
 def split(subject, cell, n=1000, **changes) -> schema.QKResponse:
@@ -141,4 +129,17 @@ def test_an_ablated_run_is_split_as_it_is(subject):
 )
 def test_what_is_no_logit_is_refused(cell, message):
   with pytest.raises(ValueError, match=message):
-    split(subjects.build(*SUBJECTS['gpt2']), cell)
+    split(subjects.build(*subjects.SUBJECTS['gpt2']), cell)
+
+
+def test_a_logit_whose_own_queries_or_keys_are_cut_is_refused():
+  subject = subjects.build(*subjects.SUBJECTS['llama'])  # heads 0 to 2 share keys
+  cut = lambda layer, head, into: [
+    schema.EdgeAblation(node=schema.Node(kind='embedding', token=5), layer=layer, head=head, into=into)
+  ]
+  for ablations in (cut(1, 2, 'q'), cut(1, 2, 'k'), cut(1, 0, 'k')):
+    with pytest.raises(ValueError, match='an edge into the queries or keys of this head is cut'):
+      split(subject, (1, 2, 5, 1), saes=[], edge_ablations=ablations)
+  for ablations in (cut(1, 2, 'v'), cut(1, 5, 'k'), cut(2, 2, 'q'), cut(1, 0, 'q')):
+    found = split(subject, (1, 2, 5, 1), saes=[], edge_ablations=ablations)
+    assert abs(found.residual) < 1e-4 * abs(found.logit)

@@ -1,11 +1,9 @@
 """Which nodes a table lists, against ranking every node there is; debugger.md 2.5 and 9.1."""
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
 COLUMNS = 'write_norm', 'total_effect', 'direct_effect', 'activation'  # in the order in which they are ranked
@@ -20,8 +18,7 @@ REQUESTS = {
 
 @pytest.fixture(scope='module', params=[(), tuple(subjects.SAES)], ids=['plain', 'saes'])
 def subject(request):
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield subjects.build('gpt2', request.param)
+  return subjects.build('gpt2', request.param)
 
 
 def _ranked(expected: reference.Reference, kind: str, k: int) -> list[schema.Node]:

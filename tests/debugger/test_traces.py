@@ -1,11 +1,9 @@
 """Every kind of trace: what is live and what is held, the stream it is read from, and what is upstream of it."""
 
-import jax
 import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, schema
-from models import sharding
 from tests.debugger import reference, subjects
 
 HEAD = schema.Node(kind='head', layer=1, index=2, token=5, source=2)
@@ -35,12 +33,6 @@ EXACT |= {name for name in TRACES if name.startswith('v')}
 OBJECTIVE = schema.LogitDifference(targets=['8', '21'], distractors=['30'], token=5)
 LLAMA = [name for name in TRACES if name not in subjects.SAES and name != 'v_for_a_latent']
 CASES = [('gpt2', name) for name in TRACES] + [('llama', name) for name in LLAMA]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  with jax.set_mesh(sharding.make_mesh(1, 1)):
-    yield
 
 
 @pytest.fixture(scope='module')

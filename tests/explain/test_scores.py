@@ -55,6 +55,13 @@ def test_maximum_is_over_all_excerpts_shown():
   assert scores.maximum([]) == 0.0
 
 
+def test_intervals_of_arrays_are_those_of_each_place():
+  values = np.random.default_rng(2).normal(size=(20, 2, 3))
+  together = np.array(scores.interval(values))
+  for place in np.ndindex(2, 3):
+    np.testing.assert_allclose(together[:, *place], scores.interval(values[:, *place]), rtol=1e-12)
+
+
 def test_interval_is_the_mean_and_covers_it():
   values = np.random.default_rng(1).normal(0.4, 0.2, 50)
   mean, low, high = scores.interval(values)
