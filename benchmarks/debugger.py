@@ -57,7 +57,7 @@ def _ours(folder, length):
   import jax
   import numpy as np
 
-  from jax_interp.debugger import audit, effects, engine, schema, subject
+  from jax_interp.debugger import audit, engine, schema, subject
   from models import pretrained, sae, sharding
 
   class Ids:
@@ -91,9 +91,7 @@ def _ours(folder, length):
 
   def table(subject, request):
     analysis = engine.analyse(subject, request)
-    columns = engine.tabulate(
-      analysis.nodes, effects.describe(subject.model, analysis.prepared.saes, analysis.run, analysis.nodes)
-    )
+    columns = engine.tabulate(analysis.nodes, engine.describe(subject, analysis, analysis.nodes))
     totals = [
       effect
       for node, effect in zip(columns.nodes, columns.total_effect, strict=True)

@@ -53,6 +53,18 @@ class Linear(nnx.Module):
       y += self.bias[...]
     return y.astype(x.dtype)
 
+  def read(self, y: jax.Array) -> jax.Array:
+    """Returns what inputs [..., inputs] have of a direction y [..., outputs] of the output: its gradient by them."""
+    kernel = self.kernel[...]
+    outputs = kernel.ndim - self.n_in
+    lead, shape = y.shape[: y.ndim - outputs], kernel.shape
+    if sharding.is_cut('model'):
+      axes = tuple(range(-outputs, 0))
+      return jnp.tensordot(y, kernel, (axes, axes), preferred_element_type=jnp.float32)
+    matrix = kernel.reshape(math.prod(shape[: self.n_in]), -1)
+    x = jnp.matmul(y.reshape(*lead, -1), matrix.T, preferred_element_type=jnp.float32)
+    return x.reshape(*lead, *shape[: self.n_in])
+
 
 def attend(q_bthc: jax.Array, k_btgc: jax.Array, v_btgc: jax.Array, tap: Tap) -> jax.Array:
   """Returns v_out_bthc of causal attention, where n_head / g neighbouring heads share each of g keys and values.

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import tempfile
 
 # Nearly all of the time is compiling small programs, which is twice as fast without the back end's optimisations.
@@ -9,15 +10,18 @@ os.environ['XLA_FLAGS'] = ' '.join([
   os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
 ])  # fmt: skip
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# What one module, or a command that a test starts, has compiled, others read.
-_compiled = tempfile.TemporaryDirectory(prefix='compiled_', ignore_cleanup_errors=True)
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _compiled.name)
+# What a module, or a command that a test starts, has compiled, others read.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled_')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 import pytest
 
 from models import sharding
+
+
+def pytest_unconfigure():
+  shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 @pytest.fixture(params=[(1, 1), (2, 2)], ids=['1x1', '2x2'])

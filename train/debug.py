@@ -84,14 +84,15 @@ def measured_heads(debugged: subject.Subject, requests, found) -> np.ndarray:
   effects_lh = np.zeros((config.n_layer, config.n_head))
   with command.progress(None, len(requests) * effects_lh.size, 'train.debug: heads', 'ablations') as bar:
     for request, one in zip(requests, found, strict=True):
-      clean = engine.value(debugged, engine.prepare(debugged, request))
-      to = schema.OtherPrompt(prompt=one['counterfactual'])
-      ablation = schema.Ablation(kind='head', layer=0, index=0, to=to)
-      ablated = engine.prepare(debugged, request.model_copy(update={'ablations': [ablation]}))
+      prepared = engine.prepare(debugged, request)
+      clean = engine.value(debugged, prepared)
+      to, saes = schema.OtherPrompt(prompt=one['counterfactual']), prepared.saes
+      other = engine.other_acts(debugged, saes, to, prepared.n_tokens)
       for layer, head in np.ndindex(effects_lh.shape):
         _stop_if_asked()
-        held = interventions.moved(ablated.held, layer, head)
-        lost = clean - engine.value(debugged, dataclasses.replace(ablated, held=held))
+        ablation = schema.Ablation(kind='head', layer=layer, index=head, to=to)
+        held = interventions.held(debugged, [ablation], prepared.n_tokens, tuple(saes), {to: other}.__getitem__)
+        lost = clean - engine.value(debugged, dataclasses.replace(prepared, held=held))
         effects_lh[layer, head] += lost / len(requests)
         bar.update()
   return effects_lh

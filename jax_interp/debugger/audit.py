@@ -79,7 +79,7 @@ def _block(block, saes, x, past, start, held, shifts, question, rows, values_b, 
     x: the stream before it and its derivative by the held values; None: the results have none either.
     past: keys and values of the whole prompt, [slot, g, channel]; those from `start` on are computed anew.
     start: the first token of the stream; tokens of `question` and `rows` are counted from it, sources from 0.
-    held, shifts: the request's ablations, by names within the layer.
+    held, shifts: of the request.
     question: the objective.
     rows: what is held.
     values_b: at which value.
@@ -217,7 +217,7 @@ def held_objectives(
       _widened(x, size),
       {name: run.acts[f'h.{i}.{name}'][0] for name in ('attn.k', 'attn.v')},
       start,
-      interventions.of_layer(held, i),
+      held,
       prepared.shifts,
       anything,
       first(size),
@@ -297,7 +297,7 @@ def audit(
     raise ValueError(f'{wrong[0].label} cannot be audited; {", ".join(ABLATABLE)} can')
   run = engine.run(subject, prepared)
   k = min(100, max(request.n, request.request.k))
-  listed = effects.find(subject.model, prepared.saes, run, k, True).nodes
+  listed = effects.find(subject, prepared.saes, run, k, True).nodes
   nodes = list(dict.fromkeys([*asked, *(node for node in listed if node.kind in ABLATABLE)]))
   described = effects.describe(subject.model, prepared.saes, run, nodes)
   order = np.argsort(-np.abs(described.total_effect), kind='stable')

@@ -192,9 +192,8 @@ def setting(subject: Subject, prepared: engine.Prepared, counterfactual) -> Sett
       raise ValueError(f'what a cut edge carries is a vector, not {counterfactual.value}; give 0, or another run')
     counterfactual_wtd = jnp.zeros((len(graph.writers), n_tokens, model.config.d_model))
   else:
-    held = [schema.Ablation(kind='embedding', to=counterfactual)]
-    (donor,) = engine.held_by(subject, prepared.saes, held, prepared.n_tokens).donors
-    counterfactual_wtd = _writes(model, donor, n_tokens)
+    other = engine.other_acts(subject, prepared.saes, counterfactual, prepared.n_tokens)
+    counterfactual_wtd = _writes(model, other, n_tokens)
   n_reads = graph.components[1][0].stop  # of a layer
   numbers = (len(graph.writers) + 2 * n_reads) * n_tokens * model.config.d_model
   lot = max(1, min(MAX_LOT, MAX_NUMBERS // numbers))
@@ -203,11 +202,11 @@ def setting(subject: Subject, prepared: engine.Prepared, counterfactual) -> Sett
 
 
 @functools.partial(jax.jit, static_argnames='n_tokens')
-def _writes(model, donor, n_tokens) -> Array:
+def _writes(model, other, n_tokens) -> Array:
   """Returns what every writer writes in another run, or in the mean, [writer, token, d_model]."""
-  found = [donor['resid.post_emb'][None]]
+  found = [other['resid.post_emb']]
   for i, block in enumerate(model.h):
-    found += [_head_writes(block, donor[f'h.{i}.attn.v_out'][None])[0], donor[f'h.{i}.resid.delta_mlp'][None]]
+    found += [_head_writes(block, other[f'h.{i}.attn.v_out'])[0], other[f'h.{i}.resid.delta_mlp']]
   return jnp.concatenate([jnp.broadcast_to(x, (len(x), n_tokens, x.shape[-1])).astype(jnp.float32) for x in found])
 
 
@@ -275,7 +274,7 @@ def _layer(
     diffs_bwtd: differences between writes and counterfactuals, of the writers before.
     counterfactual_wtd: of the layer's writers.
     cut_brw: the layer's rows, and the objective's; 1 where an edge is cut.
-    held, shifts: the request's ablations, by names within the layer.
+    held, shifts: of the request.
     question: the objective.
     layer: its number.
     n_head: of the model.
@@ -400,7 +399,7 @@ def _layers(s: Setting, cut_brw):
     rows = slice(s.graph.components[2 * i][0].start, s.graph.components[2 * i + 1][0].stop)
     writers = slice(s.graph.components[2 * i][1].start, s.graph.components[2 * i + 1][1].stop)
     cut_layer = np.concatenate([cut_brw[:, rows], cut_brw[:, -1:]], axis=1)
-    rest = s.counterfactual_wtd[writers], cut_layer, interventions.of_layer(p.held, i), p.shifts, question
+    rest = s.counterfactual_wtd[writers], cut_layer, p.held, p.shifts, question
     statics = {'n_head': n_head, 'numbers': tuple(numbers[site] for site in own.values())}
     yield (block, {name: p.saes[site] for name, site in own.items()}), (*rest, np.int32(i)), statics
 

@@ -46,7 +46,7 @@ def _head_reads(block, stream_td, frozen, through, grads):
   """
   probs_hts, v_shc = _patterns(block, stream_td, frozen, through)
   if through == 'v':
-    grad_thc = jax.lax.stop_gradient(effects.head_reads(block, grads['delta_attn']))
+    grad_thc = jax.lax.stop_gradient(block.attn.c_proj.read(grads['delta_attn']))
     return probs_hts * jnp.einsum('thc,shc->hts', grad_thc, v_shc)
   return probs_hts * jax.lax.stop_gradient(grads['qk_probs'])
 
@@ -180,14 +180,15 @@ def _into(subject, prepared, run, request):
     grad_td = _into_latent(block, saes[node.site], name, _before(run, node.site), grads, frozen, np.array(cell))
   local = dataclasses.replace(run, grad_td=grad_td, stream=jnp.asarray(stream), traced_sae=jnp.asarray(traced_sae))
   if request.from_node is None:
-    nodes = effects.find(model, saes, local, request.request.k, False).nodes
-    nodes = [found for found in nodes if found.kind != 'head_total']
+    found = effects.find(subject, saes, local, request.n, False, columns=('direct_effect',))
+    nodes = [writer for writer in found.nodes if writer.kind != 'head_total']
+    direct = found.describe(nodes).direct_effect if nodes else []
   else:
     nodes = [_writer(subject, prepared, request)]
     if not _is_upstream(nodes[0], saes, stream, traced_sae):
       raise ValueError(f'{nodes[0].label} is not upstream of {node.label}')
-  direct = effects.describe(model, saes, local, nodes).direct_effect
-  rows = [(found, node, request.through, x) for found, x in zip(nodes, direct, strict=True) if x or request.from_node]
+    direct = effects.describe(model, saes, local, nodes).direct_effect
+  rows = [(writer, node, request.through, x) for writer, x in zip(nodes, direct, strict=True)]
   return sorted(rows, key=lambda row: -abs(row[-1]))[: request.n]
 
 

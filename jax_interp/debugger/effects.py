@@ -19,6 +19,7 @@ import numpy as np
 
 from jax_interp.debugger import interventions, objectives, schema
 from jax_interp.debugger.objectives import Question
+from jax_interp.debugger.subject import Subject, to_stream
 from models import sites
 
 KINDS = tuple(schema.WHERE)
@@ -26,6 +27,8 @@ BLOCK = 256  # how many numbers are compared by their largest first, when the la
 ROWS = (16, 64, 256, 1024)  # nodes of a layer are described in lots of one of these sizes
 LOTS = (10, 30, 100, 300, 1000)  # as many of the largest are sought, so that few numbers are compiled
 PARTS = ('attn', 'mlp')  # of a layer
+RANKED = ('write_norm', 'total_effect', 'direct_effect', 'activation')  # columns, in the order that nodes are sought in
+SUMMED = RANKED[:3]  # columns of all that has no activation
 INNER = {'attn': ('v_out', 'delta_attn'), 'mlp': ('post_act', 'delta_mlp')}  # sites of what each adds
 DELTAS = ('delta_attn', 'delta_mlp')
 STREAMS = ('post_attn', 'post_mlp', '_ln.scale')
@@ -166,15 +169,6 @@ def made_of(sae_sites: Sequence[str], n_layer: int, stream: int) -> list[str]:
   return found
 
 
-def to_stream(model, site: str, x: Array) -> Array:
-  """Returns what x [..., width of the site] adds to the residual stream [..., d_model]."""
-  if site.endswith(('v_out', 'post_act')):
-    _, layer, part, _ = site.split('.')
-    kernel = getattr(model.h[int(layer)], part).c_proj.kernel[...]
-    return jnp.einsum('...x,xd->...d', x, kernel.reshape(-1, kernel.shape[-1]), preferred_element_type=jnp.float32)
-  return x.astype(jnp.float32)
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['written', 'number', 'cut_t'], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Writer:
@@ -232,7 +226,7 @@ class Described:
   write_norm: Array
   direct_effect: Array
   total_effect: Array
-  write_nd: Array
+  write_nd: Array | None  # None: it was not asked for
 
 
 def groups(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> dict[object, tuple[list[int], Rows]]:
@@ -353,7 +347,7 @@ def _describe_layer(block, acts, grads, run, writers, rows) -> Described:
   reached = jnp.where(of('neuron'), reach['mlp'][token], reach['attn'][token])
   for number, (part, layer) in enumerate((('attn', block.attn), ('mlp', block.mlp))):
     mine, whole = of('layer', 'bias') & (rows.index == number), of('layer')
-    delta_nd = jnp.where(whole[:, None], acts[f'delta_{part}'][token].astype(jnp.float32), _output_bias(layer))
+    delta_nd = jnp.where(whole[:, None], acts[f'delta_{part}'][token].astype(jnp.float32), _output_bias(layer.c_proj))
     write_nd = jnp.where(mine[:, None], delta_nd, write_nd)
     effect_n = (delta_nd * grads[f'delta_{part}'][token]).sum(-1)
     total = jnp.where(mine, jnp.where(whole | ~writers[part].cut_t[token], effect_n, 0), total)
@@ -361,7 +355,7 @@ def _describe_layer(block, acts, grads, run, writers, rows) -> Described:
   activation = jnp.where(of('head'), probs_n, jnp.where(of('neuron'), post_act_n, jnp.nan))
   activation = jnp.where(of('bias'), 1.0, activation)
   found = _described(activation, write_nd, run, rows, total, reached)
-  reads_thc = head_reads(block, run.grad_td)
+  reads_thc = block.attn.c_proj.read(run.grad_td)
   direct_h = jnp.sum((v_out_thc * reads_thc).sum(-1), 0, where=(kept_t & reach['attn'])[:, None])
   return dataclasses.replace(
     found,
@@ -388,14 +382,8 @@ def _describe_sae(model, sae, site, acts, grads, run, writer, rows) -> Described
   return _described(activation, to_stream(model, site, own_nx), run, rows, total, writer.reaches(run)[token])
 
 
-def _output_bias(layer) -> Array:
-  bias = layer.c_proj.bias
-  return jnp.zeros((), jnp.float32) if bias is None else bias[...].astype(jnp.float32)
-
-
-def head_reads(block, grad_td) -> Array:
-  """Returns the gradient [token, head, channel] at what each head read, if only the residual stream is read."""
-  return jnp.einsum('td,hcd->thc', grad_td, block.attn.c_proj.kernel[...], preferred_element_type=jnp.float32)
+def _output_bias(linear) -> Array:
+  return jnp.zeros((), jnp.float32) if linear.bias is None else linear.bias[...].astype(jnp.float32)
 
 
 # Finding nodes
@@ -406,88 +394,138 @@ def lot_of(n: int) -> int:
   return next(lot for lot in LOTS if lot >= n)
 
 
-def largest(x: Array, k: int) -> Array:
-  """Returns the indices [..., k] of the k largest along the last axis; the earlier of equal ones.
+def largest(x: Array, k: int, sign: int = 1) -> Array:
+  """Returns the indices [..., k] of the k largest of x, or of -x, along the last axis; the earlier of equal ones.
 
-  The k largest lie in the k blocks of the largest maxima, so that one pass over x and two short sorts are enough.
+  The k largest lie in the k blocks of the largest maxima, so that one pass over x and two short sorts are enough. What
+  is as large as x is written nowhere.
   """
   lead, n = x.shape[:-1], x.shape[-1]
   if n <= k * BLOCK:
-    return jax.lax.top_k(x, min(k, n))[1]
-  blocks = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -n % BLOCK)], constant_values=-jnp.inf).reshape(*lead, -1, BLOCK)
-  chosen = jnp.sort(jax.lax.top_k(blocks.max(-1), k)[1])
-  within = jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*lead, -1)
+    return jax.lax.top_k(sign * x, min(k, n))[1]
+  if n % BLOCK:
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -n % BLOCK)], constant_values=-sign * jnp.inf)
+  blocks = x.reshape(*lead, -1, BLOCK)
+  maxima = blocks.max(-1) if sign > 0 else -blocks.min(-1)
+  chosen = jnp.sort(jax.lax.top_k(maxima, k)[1])
+  within = sign * jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*lead, -1)
   place = jax.lax.top_k(within, k)[1]
   return jnp.take_along_axis(chosen, place // BLOCK, -1) * BLOCK + place % BLOCK
 
 
+def ends(x: Array, k: int) -> Array:
+  """Returns the indices [2, ..., k] of the k largest and of the k smallest along the last axis."""
+  return jnp.stack([largest(x, k), largest(x, k, -1)])
+
+
 def _extremes(columns: Sequence[Array], valid: Array, k: int) -> tuple[Array, Array]:
-  """Returns flat indices [column, 2, k] of the largest and smallest that are valid, and their values."""
-  flat = jnp.stack([jnp.where(valid, column, 0).reshape(-1) for column in columns])
-  both = jnp.stack([flat, -flat], 1)
-  indices = largest(both, k)
-  values = jnp.take_along_axis(both, indices, -1) * jnp.array([[1.0], [-1.0]])
-  missing = ((0, 0), (0, 0), (0, k - indices.shape[-1]))  # where there are fewer nodes than k
-  return jnp.pad(indices, missing), jnp.pad(values, missing)
+  """Returns flat indices [column, 2, k] of the largest and smallest that are valid, and all columns there, in front."""
+  columns = [jnp.where(valid, column, 0).reshape(-1) for column in columns]
+  indices = jnp.stack([ends(column, k) for column in columns])
+  missing = [(0, 0)] * 3 + [(0, k - indices.shape[-1])]  # where there are fewer nodes than k
+  return jnp.pad(indices, missing[1:]), jnp.pad(jnp.stack([column[indices] for column in columns]), missing)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['heads', 'neurons', 'by_head', 'parts', 'held', 'neurons_direct', 'by_token'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+  """What is found in a layer, in few arrays: each that is brought to the host takes its time.
+
+  Attributes:
+    heads, neurons: of `_extremes`; None where an SAE stands for them.
+    by_head: [3, head, token], columns of SUMMED.
+    parts: [attention or MLP, whole or output bias, 3, token].
+    held: [attention or MLP], direct effects of what is held.
+    neurons_direct: [], of all of them.
+    by_token: [3, token], total effects of attention to a token and from it, and of neurons.
+  """
+
+  heads: tuple[Array, Array] | None
+  neurons: tuple[Array, Array] | None
+  by_head: Array
+  parts: Array
+  held: Array
+  neurons_direct: Array
+  by_token: Array
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'with_heads', 'with_neurons'))
-def _layer_extremes(block, acts, grads, run, writers, k, with_heads, with_neurons):
-  """Returns the extremes of one layer's heads and neurons, and sums over them."""
+def _find_in_layer(kernels, sizes, acts, grads, run, writers, k, with_heads, with_neurons) -> _Layer:
+  """Returns the extremes of one layer's heads and neurons, and sums over them; see `_of_layer` for the arguments."""
   acts, grads = unbatched(acts, grads)
   reach = {part: writers[part].reaches(run) for part in PARTS}
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
-  probs_hts, v_sgc = acts['qk_probs'], acts['v']
+  probs_hts, v_sgc, v_out_thc = acts['qk_probs'], acts['v'], acts['v_out']
   n_head, n_tokens, _ = probs_hts.shape
-  kernel_hcd = block.attn.c_proj.kernel[...]
   v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
-  gram_hce = jnp.einsum('hcd,hed->hce', kernel_hcd, kernel_hcd, preferred_element_type=jnp.float32)
-  norm = lambda x_thc: jnp.sqrt(jnp.maximum(jnp.einsum('thc,hce,the->ht', x_thc, gram_hce, x_thc), 0))
-  reads_thc = head_reads(block, run.grad_td)
+  norm = lambda x_thc: jnp.linalg.norm(jnp.einsum('thc,hce->hte', x_thc.astype(jnp.float32), sizes[0]), axis=-1)
+  reads_thc = kernels['attn'].read(run.grad_td)
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
-  total_hts, direct_hts = probs_hts * grads['qk_probs'], probs_hts * projected_hts * reach['attn'][:, None]
-  found = {}
   causal_ts = kept_t[:, None] & (jnp.arange(n_tokens)[:, None] >= jnp.arange(n_tokens))
-  total_hts = jnp.where(causal_ts, total_hts, 0)
+  total_hts = jnp.where(causal_ts, probs_hts * grads['qk_probs'], 0)
+  heads = neurons = None
   if with_heads:
-    found['head'] = _extremes((probs_hts * norm(v_shc)[:, None], total_hts, direct_hts, probs_hts), causal_ts, k)
-  v_out_thc = acts['v_out']
-  by_head = {
-    'write_norm': norm(v_out_thc),
-    'total_effect': total_hts.sum(-1),
-    'direct_effect': (v_out_thc * reads_thc).sum(-1).T * reach['attn'],
-  }
-  by_head = {name: x_ht * kept_t for name, x_ht in by_head.items()}
+    direct_hts = probs_hts * projected_hts * reach['attn'][:, None]
+    heads = _extremes((probs_hts * norm(v_shc)[:, None], total_hts, direct_hts, probs_hts), causal_ts, k)
+  direct_ht = (v_out_thc * reads_thc).sum(-1).T * reach['attn']
   post_act_tn = acts['post_act'].astype(jnp.float32)
   total_tn = post_act_tn * grads['post_act'] * kept_t[:, None]
-  kernel_nd = block.mlp.c_proj.kernel[...]
-  direct_neurons = jnp.zeros(())
+  neurons_direct = jnp.zeros(())
   if with_neurons:
-    projected_tn = jnp.einsum('td,nd->tn', run.grad_td, kernel_nd, preferred_element_type=jnp.float32)
-    norm_n = jnp.linalg.norm(kernel_nd.astype(jnp.float32), axis=-1)
-    direct_tn = post_act_tn * projected_tn * (reach['mlp'] & kept_t)[:, None]
-    found['neuron'] = _extremes((post_act_tn * norm_n, total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
-    direct_neurons = direct_tn.sum()
-  parts = {}
-  for name, layer in (('attn', block.attn), ('mlp', block.mlp)):
-    delta_td, grad_td = (x[f'delta_{name}'].astype(jnp.float32) for x in (acts, grads))
-    columns = lambda x_td, live_t, reach_t, grad_td=grad_td: {
-      'write_norm': jnp.linalg.norm(x_td, axis=-1) * kept_t,
-      'total_effect': (x_td * grad_td).sum(-1) * (kept_t & live_t),
-      'direct_effect': (x_td * run.grad_td).sum(-1) * (kept_t & reach_t),
-    }
-    layer_columns = columns(delta_td, True, writers[name].is_upstream(run))
-    cut_t = writers[name].cut_t
-    bias_columns = columns(jnp.broadcast_to(_output_bias(layer), delta_td.shape), ~cut_t, reach[name])
-    held = (layer_columns['direct_effect'] * cut_t).sum()
-    parts[name] = {'layer': layer_columns, 'bias': bias_columns, 'held': held}
-  sums = {'attention_to': total_hts.sum((0, 2)), 'attention_from': total_hts.sum((0, 1)), 'mlp': total_tn.sum(1)}
-  sums['neurons'] = direct_neurons
-  return found, by_head, parts, sums
+    direct_tn = post_act_tn * kernels['mlp'].read(run.grad_td) * (reach['mlp'] & kept_t)[:, None]
+    neurons = _extremes((post_act_tn * sizes[1], total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
+    neurons_direct = direct_tn.sum()
+  parts, held = [], []
+  for part in PARTS:
+    delta_td, grad_td = (x[f'delta_{part}'].astype(jnp.float32) for x in (acts, grads))
+    bias_td = jnp.broadcast_to(_output_bias(kernels[part]), delta_td.shape)
+    cut_t = writers[part].cut_t
+    whole = _summed(delta_td, grad_td, run, kept_t, True, writers[part].is_upstream(run))
+    parts.append((whole, _summed(bias_td, grad_td, run, kept_t, ~cut_t, reach[part])))
+    held.append((whole[2] * cut_t).sum())
+  return _Layer(
+    heads,
+    neurons,
+    jnp.stack([norm(v_out_thc), total_hts.sum(-1), direct_ht]) * kept_t,
+    jnp.array(parts),
+    jnp.array(held),
+    neurons_direct,
+    jnp.stack([total_hts.sum((0, 2)), total_hts.sum((0, 1)), total_tn.sum(1)]),
+  )
+
+
+def _summed(x_td, grad_td, run, kept_t, live_t, reach_t) -> Array:
+  """Returns columns [3, token] of SUMMED, of what x adds to the stream where its gradient is known."""
+  total_t, direct_t = (x_td * grad_td).sum(-1) * live_t, (x_td * run.grad_td).sum(-1) * reach_t
+  return jnp.stack([jnp.linalg.norm(x_td, axis=-1), total_t, direct_t]) * kept_t
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['latents', 'parts', 'by_token', 'direct'], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class _Own:
+  """What is found in an SAE.
+
+  Attributes:
+    latents: of `_extremes`.
+    parts: [error or bias, 3, token], columns of SUMMED.
+    by_token: [token], total effects.
+    direct: [], of all latents.
+  """
+
+  latents: tuple[Array, Array]
+  parts: Array
+  by_token: Array
+  direct: Array
 
 
 @functools.partial(jax.jit, static_argnames=('site', 'k'))
-def _sae_extremes(model, sae, site, acts, grads, run, writer, k):
+def _find_in_sae(model, sae, size_l, site, acts, grads, run, writer, k) -> _Own:
   """Returns the extremes of one SAE's latents, its error and bias by token, and sums."""
   (acts, grads), reach_t = unbatched(acts, grads), writer.reaches(run)
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
@@ -496,112 +534,124 @@ def _sae_extremes(model, sae, site, acts, grads, run, writer, k):
   grad_tx = run.grad_td
   if site.endswith(('v_out', 'post_act')):
     _, layer, part, _ = site.split('.')
-    kernel = getattr(model.h[int(layer)], part).c_proj.kernel[...]
-    grad_tx = jnp.einsum('td,xd->tx', run.grad_td, kernel.reshape(-1, kernel.shape[-1]))
-    norm_l = jnp.linalg.norm(to_stream(model, site, sae.decoder[...]), axis=-1)
-  else:
-    norm_l = jnp.linalg.norm(sae.decoder[...], axis=-1)
+    grad_tx = getattr(model.h[int(layer)], part).c_proj.read(grad_tx).reshape(len(kept_t), -1)
   latents_tl = acts['.latents']
   direct_tl = latents_tl * jnp.einsum('tx,lx->tl', grad_tx, sae.decoder[...]) * scale_t1 * reach_t[:, None]
   total_tl = latents_tl * grads['.latents']
-  found = _extremes((latents_tl * norm_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
+  found = _extremes((latents_tl * size_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
   constant_tx = jnp.broadcast_to(sae.constant(norm), acts['.error'].shape)
 
   def columns(x_tx):
-    return {
-      'write_norm': jnp.linalg.norm(to_stream(model, site, x_tx), axis=-1) * kept_t,
-      'total_effect': (x_tx * grads['.error']).sum(-1) * kept_t,
-      'direct_effect': (x_tx * grad_tx).sum(-1) * (kept_t & reach_t),
-    }
+    total_t, direct_t = (x_tx * grads['.error']).sum(-1), (x_tx * grad_tx).sum(-1) * reach_t
+    return jnp.stack([jnp.linalg.norm(to_stream(model, site, x_tx), axis=-1), total_t, direct_t]) * kept_t
 
   direct = (direct_tl * kept_t[:, None]).sum()
-  return found, columns(acts['.error']), columns(constant_tx), (total_tl * kept_t[:, None]).sum(1), direct
+  parts = jnp.stack([columns(acts['.error']), columns(constant_tx)])
+  return _Own(found, parts, (total_tl * kept_t[:, None]).sum(1), direct)
 
 
 @jax.jit
-def _embedding_columns(run):
+def _find_in_embedding(run) -> Array:
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
   x_td, grad_td = (x['resid.post_emb'][0].astype(jnp.float32) for x in (run.acts, run.grads))
-  return {
-    'write_norm': jnp.linalg.norm(x_td, axis=-1) * kept_t,
-    'total_effect': (x_td * grad_td).sum(-1) * kept_t,
-    'direct_effect': (x_td * run.grad_td).sum(-1) * kept_t,
-  }
+  return _summed(x_td, grad_td, run, kept_t, True, True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What `find` found: nodes, the first found first; and sums."""
+  """What `find` found.
 
-  nodes: list[schema.Node]
+  Attributes:
+    rows: {node: its columns, in the order of RANKED}, the first found first.
+    by_token: sums.
+    completeness: of all direct effects.
+  """
+
+  rows: dict[schema.Node, np.ndarray]
   by_token: schema.ByToken
   completeness: schema.Completeness
 
+  @property
+  def nodes(self) -> list[schema.Node]:
+    return list(self.rows)
 
-def find(model, saes: Mapping, run: Run, k: int, exact: bool) -> Found:
+  def describe(self, nodes: Sequence[schema.Node]) -> Described:
+    """Returns the columns of nodes that were found."""
+    columns = np.array([self.rows[node] for node in nodes]).T
+    return Described(**dict(zip(RANKED, columns, strict=True)), write_nd=None)
+
+
+def find(subject: Subject, saes: Mapping, run: Run, k: int, exact: bool, columns: Sequence[str] | None = None) -> Found:
   """Returns the nodes that are among the k largest or the k smallest of their kind in a column, and sums.
 
-  Of each kind the columns in order are write norm, total effect, direct effect, activation; nodes come in the order in
-  which they are first met (debugger.md 2.5). A node is among the largest only above zero, and among the smallest only
-  below: what does nothing is in no table. Layers are reduced one after another, so that memory beyond the run itself is
-  that of a layer. Heads and neurons that an SAE stands for are left out.
+  Nodes come in the order in which they are first met, by kind and then by the columns of RANKED (debugger.md 2.5). A
+  node is among the largest only above zero, and among the smallest only below: what does nothing is in no table. Layers
+  are reduced one after another, so that memory beyond the run itself is that of a layer. Heads and neurons that an SAE
+  stands for are left out.
 
   Args:
-    model: the subject model.
+    subject: of the run.
     saes: spliced in.
     run: of them.
-    k: at most 100.
+    k: at most the last of LOTS.
     exact: see `schema.Completeness`.
+    columns: of RANKED, in which nodes are sought; None: in all.
   """
-  lot = lot_of(k)
-  n_tokens, sae_sites = int(run.n_tokens), tuple(saes)
-  layers = [_layer(model, saes, run, i, lot) for i in range(model.config.n_layer)]
+  columns = [RANKED.index(name) for name in columns or RANKED]
+  lot, model = lot_of(k), subject.model
+  sae_sites, sizes = tuple(saes), subject.write_sizes
+  layers = [_of_layer(model, sizes, saes, run, i, lot) for i in range(model.config.n_layer)]
   own = {
-    site: _sae_extremes(model, sae, site, *own_acts(run, site), bare(run), writer(run, saes, site), lot)
+    site: _find_in_sae(
+      model, sae, sizes.latents[site], site, *own_acts(run, site), bare(run), writer(run, saes, site), lot
+    )
     for site, sae in saes.items()
   }
-  layers, own, embedding, objective, final_bias, stream, traced = jax.device_get(
-    (layers, own, _embedding_columns(run), run.objective, run.final_bias, run.stream, run.traced_sae)
+  # The run has only begun: nothing of it is waited for until all is under way.
+  layers, own, embedding, objective, final_bias, stream, traced, n_tokens = jax.device_get(
+    (layers, own, _find_in_embedding(run), run.objective, run.final_bias, run.stream, run.traced_sae, run.n_tokens)
   )
-  nodes = []
-  shapes = {'head': (model.config.n_head, len(run.grad_td), len(run.grad_td)), 'neuron': (0, model.config.n_neurons)}
+  rows = {}
+  shapes = {'heads': (model.config.n_head, len(run.grad_td), len(run.grad_td)), 'neurons': (0, model.config.n_neurons)}
   for kind, shape in shapes.items():
-    extremes = [(i, found[kind], shape) for i, (found, *_) in enumerate(layers) if kind in found]
-    nodes += [_node(kind, i, index, sae_sites) for i, index in _merge(extremes, k)]
-  extremes = [(number, own[site][0], (0, saes[site].n_latents)) for number, site in enumerate(sae_sites)]
-  nodes += [_node('latent', number, index, sae_sites) for number, index in _merge(extremes, k)]
-  columns = {'embedding': {(0, 0): embedding}, 'head_token': {}, 'bias': {}, 'error': {}, 'head_total': {}, 'layer': {}}
-  for i, (found, by_head, parts, _) in enumerate(layers):
-    if 'head' in found:
+    extremes = [(i, getattr(layer, kind), shape) for i, layer in enumerate(layers)]
+    found = _merge([one for one in extremes if one[1]], k, columns)
+    rows |= {_node(kind[:-1], i, index, sae_sites): row for (i, index), row in found.items()}
+  extremes = [(number, own[site].latents, (0, saes[site].n_latents)) for number, site in enumerate(sae_sites)]
+  found = _merge(extremes, k, columns)
+  rows |= {_node('latent', number, index, sae_sites): row for (number, index), row in found.items()}
+  small = {'embedding': {(0, 0): embedding}, 'head_token': {}, 'bias': {}, 'error': {}, 'head_total': {}, 'layer': {}}
+  for i, layer in enumerate(layers):
+    if layer.heads:
       for head in range(model.config.n_head):
-        mine = {name: x_ht[head] for name, x_ht in by_head.items()}
-        columns['head_token'][i, head] = mine
-        columns['head_total'][i, head] = {n: x_t.sum(keepdims=True) for n, x_t in mine.items() if n != 'write_norm'}
-    for part, name in enumerate(('attn', 'mlp')):
-      columns['layer'][i, part], columns['bias'][i, part] = parts[name]['layer'], parts[name]['bias']
+        mine = layer.by_head[:, head]
+        small['head_token'][i, head] = mine
+        small['head_total'][i, head] = np.append([[np.nan]], mine[1:].sum(1, keepdims=True), 0)
+    for part in range(len(PARTS)):
+      small['layer'][i, part], small['bias'][i, part] = layer.parts[part]
   for site in sae_sites:
-    columns['error'][site, 0], columns['bias'][site, None] = own[site][1:3]
-  for kind, rows in columns.items():
-    nodes += [_small_node(kind, *key) for key in _rank(rows, k, n_tokens)]
-  by_token = {
-    name: sum(sums[name] for *_, sums in layers)[:n_tokens].tolist()
-    for name in ('attention_to', 'attention_from', 'mlp')
-  }
-  by_token['embedding'] = embedding['total_effect'][:n_tokens].tolist()
-  by_token['latents'] = sum((own[site][3] for site in saes), np.zeros(len(run.grad_td)))[:n_tokens].tolist()
+    small['error'][site, 0], small['bias'][site, None] = own[site].parts
+  for kind, mine in small.items():
+    rows |= {_small_node(kind, *key): row for key, row in _rank(kind, mine, k, n_tokens, columns).items()}
+  by_token = sum(layer.by_token for layer in layers)[:, :n_tokens].tolist()
+  by_token = dict(zip(('attention_to', 'attention_from', 'mlp'), by_token, strict=True))
+  by_token['embedding'] = embedding[1, :n_tokens].tolist()
+  by_token['latents'] = sum((own[site].by_token for site in saes), np.zeros(len(run.grad_td)))[:n_tokens].tolist()
   traced_site = None if traced < 0 else sae_sites[traced]
   sums = _sums(layers, own, embedding, int(stream), [site for site in sae_sites if site != traced_site])
   residual = float(objective) - sum(sums.values()) - float(final_bias)
   completeness = schema.Completeness(
     objective=float(objective), final_bias=float(final_bias), residual=residual, exact=exact, **sums
   )
-  return Found(nodes, schema.ByToken(**by_token), completeness)
+  return Found(rows, schema.ByToken(**by_token), completeness)
 
 
-def _layer(model, saes, run, i, lot):
+def _of_layer(model, sizes, saes, run, i, lot) -> _Layer:
   stands_for = lambda *names: any(f'h.{i}.{name}' in saes for name in names)
-  return _layer_extremes(
-    model.h[i],
+  block = model.h[i]
+  return _find_in_layer(
+    {'attn': block.attn.c_proj, 'mlp': block.mlp.c_proj},
+    (sizes.heads[i], sizes.neurons[i]),
     *layer_acts(run, i),
     bare(run),
     _writers(run, i),
@@ -611,23 +661,23 @@ def _layer(model, saes, run, i, lot):
   )
 
 
-def _merge(extremes, k) -> list[tuple[int, tuple[int, ...]]]:
-  """Returns (layer or SAE, index of a node) of the extremes of all columns, each once, from those of each layer."""
+def _merge(extremes, k, columns) -> dict[tuple[int, tuple[int, ...]], np.ndarray]:
+  """Returns {(layer or SAE, index of a node): its row} of the extremes of columns, from those of each layer."""
   found = {}
   if not extremes:
-    return []
+    return found
   indices = np.stack([indices for _, (indices, _), _ in extremes])  # [layer, column, 2, lot]
-  values = np.stack([values for _, (_, values), _ in extremes])
-  for column in range(values.shape[1]):
+  values = np.stack([values for _, (_, values), _ in extremes])  # [layer, of, column, 2, lot]
+  for column in columns:
     for end, sign in enumerate((1, -1)):
-      signed = sign * values[:, column, end]
+      signed = sign * values[:, column, column, end]
       order = np.argsort(-signed, axis=None, kind='stable')[:k]
       order = order[signed.reshape(-1)[order] > 0]
-      for row, place in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
-        where, _, shape = extremes[row]
-        flat = indices[row, column, end, place]
-        found[where, tuple(int(i) for i in _unravel(flat, shape))] = None
-  return list(found)
+      for where, place in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
+        number, _, shape = extremes[where]
+        index = tuple(int(i) for i in _unravel(indices[where, column, end, place], shape))
+        found.setdefault((number, index), values[where, :, column, end, place])
+  return found
 
 
 def _unravel(flat, shape):
@@ -635,19 +685,23 @@ def _unravel(flat, shape):
   return np.unravel_index(flat, shape) if shape[0] else divmod(flat, shape[1])
 
 
-def _rank(rows: dict, k: int, n_tokens: int) -> list[tuple]:
-  """Returns (layer or site, index, token) of the k largest and smallest of columns [token] of few nodes."""
+def _rank(kind: str, rows: dict, k: int, n_tokens: int, columns: Sequence[int]) -> dict[tuple, np.ndarray]:
+  """Returns {(layer or site, index, token): row} of the k largest and smallest of columns [3, token] of few nodes."""
   found, keys = {}, list(rows)
-  for name in ('write_norm', 'total_effect', 'direct_effect'):
-    if not keys or name not in rows[keys[0]]:
+  if not keys:
+    return found
+  values = np.stack(list(rows.values()))[..., :n_tokens]  # [key, 3, token]
+  activation = 1.0 if kind in ('embedding', 'bias') else np.nan
+  for column in columns:
+    if RANKED[column] not in SUMMED or np.isnan(values[:, column]).all():
       continue
-    values = np.stack([rows[key][name][:n_tokens] for key in keys])
     for sign in (1, -1):
-      order = np.argsort(-sign * values, axis=None, kind='stable')[:k]
-      order = order[sign * values.reshape(-1)[order] > 0]
-      for row, token in zip(*np.unravel_index(order[::sign], values.shape), strict=True):
-        found[*keys[row], int(token)] = None
-  return list(found)
+      signed = sign * values[:, column]
+      order = np.argsort(-signed, axis=None, kind='stable')[:k]
+      order = order[signed.reshape(-1)[order] > 0]
+      for row, token in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
+        found.setdefault((*keys[row], int(token)), np.append(values[row, :, token], activation))
+  return found
 
 
 def _node(kind, where, index, sae_sites) -> schema.Node:
@@ -677,22 +731,22 @@ def _small_node(kind, where, index, token) -> schema.Node:
 def _sums(layers, own, embedding, stream: int, sae_sites: Sequence[str]) -> dict[str, float]:
   """Returns the direct effects of all that the stream is made of, by kind; an SAE stands for what it reads."""
   sums = dict.fromkeys(('embedding', 'attention', 'mlp', 'latents', 'errors', 'biases'), 0.0)
+  direct = SUMMED.index('direct_effect')
   for site in made_of(sae_sites, len(layers), stream):
-    part = next((part for part, names in INNER.items() if site.endswith(names)), None)
-    if part is not None:
-      _, by_head, parts, layer_sums = layers[objectives.split_site(site)[0]]
+    part = next((number for number, part in enumerate(PARTS) if site.endswith(INNER[part])), None)
+    layer = None if part is None else layers[objectives.split_site(site)[0]]
     if site in sae_sites:
-      _, error, bias, _, latents = own[site]
-      sums['latents'] += float(latents)
-      sums['errors'] += float(error['direct_effect'].sum())
-      sums['biases'] += float(bias['direct_effect'].sum())
-    elif part is None:
-      sums['embedding'] += float(embedding['direct_effect'].sum())
-    elif part == 'attn':
-      sums['attention'] += float(by_head['direct_effect'].sum())
+      error, bias = own[site].parts[:, direct].sum(-1)
+      sums['latents'] += float(own[site].direct)
+      sums['errors'] += float(error)
+      sums['biases'] += float(bias)
+    elif layer is None:
+      sums['embedding'] += float(embedding[direct].sum())
+    elif PARTS[part] == 'attn':
+      sums['attention'] += float(layer.by_head[direct].sum())
     else:
-      sums['mlp'] += float(layer_sums['neurons'])
+      sums['mlp'] += float(layer.neurons_direct)
     if site.endswith(('v_out', 'post_act')):
-      sums['attention' if part == 'attn' else 'mlp'] += float(parts[part]['held'])
-      sums['biases'] += float(parts[part]['bias']['direct_effect'].sum())
+      sums[('attention', 'mlp')[part]] += float(layer.held[part])
+      sums['biases'] += float(layer.parts[part, 1, direct].sum())
   return sums

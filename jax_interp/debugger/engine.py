@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.debugger import effects, interventions, lens, objectives, schema
-from jax_interp.debugger.subject import LENGTHS, Subject
+from jax_interp.debugger.subject import LENGTHS, Subject, check_index, check_sae
 from models import sites
 
 Progress = Callable[[float, str], None]  # told the share that is done and what is being done; may raise to stop
@@ -42,7 +42,7 @@ class Prepared:
   tokens_bt: np.ndarray
   saes: dict[str, object]
   held: interventions.Held
-  shifts: interventions.Shifts | None
+  shifts: interventions.Shifts
   question: objectives.Question | None
 
   @property
@@ -92,11 +92,19 @@ def prepare(subject: Subject, request: schema.Request) -> Prepared:
     raise ValueError(f'there is no SAE at {missing[0]!r}; there is one at {sorted(subject.saes) or "no site"}')
   saes = {site: subject.saes[site] for site in wanted}
   objective = request.objective if request.trace is None else traced(request.trace, request.objective)
-  held = held_by(subject, saes, request.ablations, len(tokens))
-  prepared = Prepared(tokens, n_prompt, subject.pad(tokens), saes, held, None, None)
-  if request.edge_ablations:
-    prepared = dataclasses.replace(prepared, shifts=_shifts(subject, prepared, request.edge_ablations))
+  prepared = _unasked(subject, saes, tokens, n_prompt, held_by(subject, saes, request.ablations, len(tokens)))
+  prepared = dataclasses.replace(prepared, shifts=_shifts(subject, prepared, request.edge_ablations))
   return _asked(subject, prepared, objective)
+
+
+def _unasked(subject, saes, tokens, n_prompt, held) -> Prepared:
+  """Returns a request without an objective, no edge of which is cut."""
+  tokens_bt, attn = subject.pad(tokens), subject.model.h[0].attn
+  n_head, d_head, _ = attn.c_proj.kernel.shape
+  shape = lambda n: (interventions.N_SHIFTS, tokens_bt.shape[1], n, d_head)
+  deltas = {name: np.zeros(shape(n_head if name == 'q' else attn.n_kv_head), np.float32) for name in 'qkv'}
+  shifts = interventions.Shifts(np.full(interventions.N_SHIFTS, -1, np.int32), deltas)
+  return Prepared(tokens, n_prompt, tokens_bt, saes, held, shifts, None)
 
 
 def _asked(subject: Subject, prepared: Prepared, objective) -> Prepared:
@@ -130,11 +138,8 @@ def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.Edg
   Raises:
     ValueError: there is no such head or node, or it is not upstream of the head.
   """
-  config, attn = subject.model.config, subject.model.h[0].attn
-  d_head, n_kv = attn.c_proj.kernel.shape[1], attn.n_kv_head
-  layers = np.full(interventions.N_SHIFTS, -1, np.int32)
-  shape = lambda n: (interventions.N_SHIFTS, prepared.tokens_bt.shape[1], n, d_head)
-  deltas = {name: np.zeros(shape(config.n_head if name == 'q' else n_kv), np.float32) for name in 'qkv'}
+  config, n_kv = subject.model.config, subject.model.h[0].attn.n_kv_head
+  layers, deltas = prepared.shifts.layers, prepared.shifts.deltas
   for ablation in ablations:
     _check_edge(subject, ablation)
   for slot, layer in enumerate(sorted({ablation.layer for ablation in ablations})):
@@ -155,18 +160,15 @@ def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.Edg
     for (name, group), chosen in taken.items():
       changed_td = stream_td.copy()
       np.subtract.at(changed_td, [node.token for node in chosen], write_nd[list(chosen.values())])
-      delta_thc = _qkv_change(subject.model.h[layer], stream_td, changed_td)['qkv'.index(name)]
-      deltas[name][slot, :, group] = jax.device_get(delta_thc[:, group])
+      change = jax.device_get(_qkv_change(subject.model.h[layer], stream_td, changed_td))
+      deltas[name][slot, :, group] = change['qkv'.index(name)][:, group]
   return interventions.Shifts(layers, deltas)
 
 
 def _check_edge(subject, ablation):
   config, node = subject.model.config, ablation.node
-  if ablation.layer >= config.n_layer or ablation.head >= config.n_head:
-    raise ValueError(
-      f'head {ablation.head} of layer {ablation.layer} is not there; there are {config.n_layer} layers of '
-      f'{config.n_head} heads, from 0'
-    )
+  check_index(ablation.layer, config.n_layer, 'layer')
+  check_index(ablation.head, config.n_head, 'head')
   if node.kind not in ('embedding', 'head', 'head_token', 'neuron', 'latent', 'layer'):
     raise ValueError(
       f'the edge from {node.label} cannot be cut; those of embeddings, heads, neurons, latents, layers can'
@@ -203,7 +205,7 @@ HELD_SITES = (
 
 
 @jax.jit
-def _donor(model, saes, tokens_bt):
+def _plain_acts(model, saes, tokens_bt):
   capture = (*HELD_SITES, *(f'{site}.latents' for site in saes))
   splices = [sites.splice(site, sae) for site, sae in saes.items()]
   return sites.forward(model, tokens_bt, splices, capture=capture)[1]
@@ -216,23 +218,30 @@ def held_by(subject: Subject, saes: dict, ablations: Sequence[schema.Ablation], 
     ValueError: as `interventions.held`; or there is no sample of text, or the other prompt is too short.
   """
 
-  def donor_of(to):
-    if isinstance(to, schema.Mean):
-      return means(subject, tuple(saes))
-    if isinstance(to, schema.OtherPrompt):
-      other = subject.encode(to.prompt)
-      if len(other) < n_tokens:
-        raise ValueError(f'the other prompt has {len(other)} tokens and this one {n_tokens}; give as many or more')
-      other = other[:n_tokens]
-    else:
-      sample_wt = _sample(subject)
-      window = sample_wt[np.random.default_rng(to.seed).integers(len(sample_wt))]
-      if len(window) < n_tokens:
-        raise ValueError(f'the windows of the sample have {len(window)} tokens and the prompt {n_tokens}; shorten it')
-      other = window[:n_tokens].tolist()
-    return {site: x[0] for site, x in _donor(subject.model, saes, subject.pad(other)).items()}
+  other_run = lambda to: other_acts(subject, saes, to, n_tokens)
+  return interventions.held(subject, ablations, n_tokens, tuple(saes), other_run)
 
-  return interventions.held(subject, ablations, n_tokens, tuple(saes), donor_of)
+
+def other_acts(subject: Subject, saes: dict, to, n_tokens: int) -> dict[str, jax.Array]:
+  """Returns the activations {site: [1, token or 1, ...]} of a `Mean`, `OtherPrompt` or `Resample`.
+
+  Raises:
+    ValueError: there is no sample of text, or the other prompt or the sample's windows are too short.
+  """
+  if isinstance(to, schema.Mean):
+    return means(subject, tuple(saes))
+  if isinstance(to, schema.OtherPrompt):
+    other = subject.encode(to.prompt)
+    if len(other) < n_tokens:
+      raise ValueError(f'the other prompt has {len(other)} tokens and this one {n_tokens}; give as many or more')
+    other = other[:n_tokens]
+  else:
+    sample_wt = _sample(subject)
+    window = sample_wt[np.random.default_rng(to.seed).integers(len(sample_wt))]
+    if len(window) < n_tokens:
+      raise ValueError(f'the windows of the sample have {len(window)} tokens and the prompt {n_tokens}; shorten it')
+    other = window[:n_tokens].tolist()
+  return _plain_acts(subject.model, saes, subject.pad(other))
 
 
 def _sample(subject: Subject) -> np.ndarray:
@@ -242,22 +251,25 @@ def _sample(subject: Subject) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def means(subject: Subject, sae_sites: tuple[str, ...]) -> dict[str, jax.Array]:
-  """Returns the mean over the sample's tokens of all that can be held but attention patterns, {site: [1, ...]}.
+def means(subject: Subject, sae_sites: tuple[str, ...]) -> dict[str, np.ndarray]:
+  """Returns the mean over the sample's tokens of all that can be held but attention patterns, {site: [1, 1, ...]}.
 
   Raises:
     ValueError: there is no sample.
   """
   saes = {site: subject.saes[site] for site in sae_sites}
-  windows = _sample(subject)[:N_MEAN_WINDOWS].astype(np.int32)
-  found = [_mean(subject.model, saes, window[None]) for window in windows]
-  return jax.tree.map(lambda *x: sum(x) / len(x), *found)
+  found = [jax.device_get(_mean(subject.model, saes, tokens_bt)) for tokens_bt in _windows(subject)]
+  return jax.tree.map(lambda *x: np.mean(x, axis=0), *found)
+
+
+def _windows(subject) -> np.ndarray:
+  return _sample(subject)[:N_MEAN_WINDOWS, None].astype(np.int32)
 
 
 @jax.jit
 def _mean(model, saes, tokens_bt):
-  acts = _donor(model, saes, tokens_bt)
-  return {site: x[0].mean(0, keepdims=True) for site, x in acts.items() if not site.endswith('qk_probs')}
+  acts = _plain_acts(model, saes, tokens_bt)
+  return {site: x.mean(1, keepdims=True) for site, x in acts.items() if not site.endswith('qk_probs')}
 
 
 # Answers
@@ -279,10 +291,21 @@ def analyse(subject: Subject, request: schema.Request) -> Analysis:
   asked = [checked(subject, prepared, node) for node in request.nodes]
   found_run = run(subject, prepared)
   exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
-  found = effects.find(subject.model, prepared.saes, found_run, request.k, exact)
+  found = effects.find(subject, prepared.saes, found_run, request.k, exact)
   if not np.isfinite(found.completeness.objective):
     raise ValueError('the numbers of this run are not finite; hold activations at smaller values')
   return Analysis(prepared, found_run, found, list(dict.fromkeys([*asked, *found.nodes])))
+
+
+def describe(
+  subject: Subject, analysis: Analysis, nodes: Sequence[schema.Node], writes: bool = False
+) -> effects.Described | None:
+  """Returns nodes of a request that has been run, None if there are none; `writes` says if `write_nd` is wanted."""
+  if not nodes:
+    return None
+  if writes or not analysis.found.rows.keys() >= set(nodes):
+    return effects.describe(subject.model, analysis.prepared.saes, analysis.run, nodes)
+  return analysis.found.describe(nodes)
 
 
 def answer(
@@ -290,7 +313,7 @@ def answer(
 ) -> schema.Response:
   """Returns the answer to a request that has been run, over these nodes; `began` is of `time.monotonic`."""
   prepared, found_run = analysis.prepared, analysis.run
-  described = effects.describe(subject.model, prepared.saes, found_run, nodes) if nodes else None
+  described = describe(subject, analysis, nodes, writes=request.n_tokens > 0)
   token, ablated = int(prepared.question.token), request.ablations or request.edge_ablations
   objective = analysis.found.completeness.objective
   return schema.Response(
@@ -335,7 +358,7 @@ def acts(subject: Subject, request: schema.ActsRequest, progress: Progress = sil
   node = schema.Node(kind=request.kind, token=last, source=last if request.kind == 'head' else None, **where)
   node = objectives.check_node(subject, node, len(tokens), tuple(subject.saes), (request.kind,))
   saes = {node.site: subject.saes[node.site]} if node.kind == 'latent' else {}
-  found = _donor(subject.model, saes, subject.pad(tokens))
+  found = _plain_acts(subject.model, saes, subject.pad(tokens))
   if node.kind == 'head':
     block, prefix = subject.model.h[node.layer], f'h.{node.layer}.attn'
     norms_s = _value_norms(block, found[f'{prefix}.v'][0], np.int32(node.index))
@@ -357,21 +380,26 @@ def _value_norms(block, v_sgc, head):
 def warm(subject: Subject, lengths: Sequence[int] = LENGTHS[:3], progress: Progress = silent):
   """Compiles what requests of prompts up to these many tokens need, ablated to numbers or not, traced or not.
 
-  Tables are of 10 a list. Continuations, values of other runs and edges that are cut are compiled when first asked for.
+  Tables are of 10 a list. Continuations, and values of several other runs at once, are compiled when first asked for.
   """
   lengths = sorted({min(length, subject.model.config.n_ctx) for length in lengths})
+  saes = dict(sorted(subject.saes.items()))
+  if subject.sample_wt is not None:
+    _mean(subject.model, saes, _windows(subject)[0])
   for i, length in enumerate(lengths):
     progress(i / len(lengths), f'compiling for prompts of {length} tokens')
     tokens = [0] * length
-    saes = dict(sorted(subject.saes.items()))
-    prepared = Prepared(tokens, length, subject.pad(tokens), saes, held_by(subject, saes, [], length), None, None)
+    prepared = _unasked(subject, saes, tokens, length, held_by(subject, saes, [], length))
     prepared = _asked(subject, prepared, schema.KL())
+    _plain_acts(subject.model, saes, prepared.tokens_bt)
     for n_read in (0, 1):  # objectives that read no distribution, and those that read one
       asked = dataclasses.replace(prepared, question=dataclasses.replace(prepared.question, n_read=n_read))
       found_run = run(subject, asked)
       value(subject, asked)
-    nodes = effects.find(subject.model, prepared.saes, found_run, 10, False).nodes
+    nodes = effects.find(subject, prepared.saes, found_run, 10, False).nodes
     described = effects.describe(subject.model, prepared.saes, found_run, nodes)
+    stream_td = jax.device_get(found_run.acts['resid.post_emb'][0])
+    _qkv_change(subject.model.h[0], stream_td, stream_td)
     lens.candidates(subject, found_run.acts['resid.post_ln_f'][0], length - 1, [])
     lens.node_tokens(subject, prepared.saes, found_run, nodes, described, 10)
     # However many nodes of a layer or SAE a table of 10 a list has.
@@ -389,16 +417,16 @@ def checked(subject, prepared, node):
   if node.kind in ('head', 'neuron', 'latent', 'embedding', 'head_token'):
     return objectives.check_node(subject, node, prepared.n_tokens, sae_sites, (node.kind,))
   own = node.kind == 'error' or (node.kind == 'bias' and node.layer is None)
-  if own and node.site not in sae_sites:
-    raise ValueError(f'no SAE is spliced in at {node.site!r}; there is one at {list(sae_sites) or "no site"}')
-  if not own and (node.layer is None or node.layer >= subject.model.config.n_layer):
-    raise ValueError(f'layer {node.layer} is not there; there are {subject.model.config.n_layer}, from 0')
+  if own:
+    check_sae(node.site, sae_sites)
+  else:
+    check_index(node.layer, subject.model.config.n_layer, 'layer')
   if node.kind == 'head_total':
-    if node.index is None or node.index >= subject.model.config.n_head:
-      raise ValueError(f'head {node.index} is not there; there are {subject.model.config.n_head}, from 0')
+    check_index(node.index, subject.model.config.n_head, 'head')
     return schema.Node(kind=node.kind, layer=node.layer, index=node.index)
   if not own and node.site not in ('attn', 'mlp'):
-    raise ValueError(f"{node.kind} of {node.site!r} is not there; site is 'attn' or 'mlp'")
+    given = 'is missing' if node.site is None else f'{node.site!r} is not there'
+    raise ValueError(f"the site of a node of kind {node.kind} {given}; give 'attn' or 'mlp'")
   if node.token is None:
     raise ValueError(f'{node.label} has no token; say at which token of the prompt')
   return node.model_copy(

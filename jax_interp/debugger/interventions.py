@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.debugger import schema
-from jax_interp.debugger.subject import Subject
+from jax_interp.debugger.subject import Subject, check_index, check_sae
 from models import sites
 
 N_SLOTS = 16  # ablations of a run
@@ -33,25 +33,31 @@ SITES |= {'mlp': 'resid.delta_mlp'}
 EVERYTHING = 2**30
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=['cells', 'values', 'donors'], meta_fields=[])
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['cells', 'values', 'others', 'latents'], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Held:
   """What a run holds.
 
   Attributes:
     cells: int32 [slot, 10]: code of the site, layer or number of the SAE, then the first and the end of tokens, of
-      sources and of components, the number of a donor (-1: a constant), and 1 where the slot is used.
+      sources and of components, the place of an activation of another run (-1: a constant), and 1 where the slot is
+      used.
     values: float32 [slot]: constants.
-    donors: other runs' activations, {site: [token, ...]} or means [1, ...] each.
+    others: {name of HOLDABLE but latents: [place, ...]}, activations of other runs, each of one layer; there is always
+      a place, so that the first that is asked for compiles nothing.
+    latents: the same of each SAE, [place, token, latent].
   """
 
   cells: np.ndarray
   values: np.ndarray
-  donors: tuple[dict[str, jax.Array], ...] = ()
+  others: dict[str, np.ndarray]
+  latents: tuple[np.ndarray, ...]
 
 
 def held(
-  subject: Subject, ablations: Sequence[schema.Ablation], n_tokens: int, sae_sites: Sequence[str], donor_of
+  subject: Subject, ablations: Sequence[schema.Ablation], n_tokens: int, sae_sites: Sequence[str], other_run
 ) -> Held:
   """Returns ablations as arrays.
 
@@ -60,7 +66,7 @@ def held(
     ablations: in order.
     n_tokens: of the prompt.
     sae_sites: where SAEs are spliced in.
-    donor_of: returns the activations of a `Mean`, `OtherPrompt` or `Resample`, {site: [token or 1, ...]}.
+    other_run: returns the activations of a `Mean`, `OtherPrompt` or `Resample`, {site: [1, token or 1, ...]}.
 
   Raises:
     ValueError: there is no such component or token, or there are too many ablations.
@@ -68,7 +74,7 @@ def held(
   if len(ablations) > N_SLOTS:
     raise ValueError(f'{len(ablations)} ablations; give at most {N_SLOTS}')
   cells, values = np.zeros((N_SLOTS, 10), np.int32), np.zeros(N_SLOTS, np.float32)
-  donors = {}
+  runs, found = {}, {}  # {value: run}, {name or number of the SAE: {(value, layer): activation}}
   for slot, ablation in enumerate(ablations):
     check(subject, ablation, sae_sites)
     constant = isinstance(ablation.to, schema.Value)
@@ -87,20 +93,32 @@ def held(
     if source is not None and source > last:
       raise ValueError(f'source {source} is behind token {last}; attention looks back')
     ranges = [(first, last + 1), _range(source), _range(ablation.index)]
-    number = -1
+    place = -1
     if constant:
       values[slot] = ablation.to.value
     else:
-      number = donors.setdefault(ablation.to, len(donors))
-    cells[slot] = [CODES[site], where, *np.ravel(ranges), number, 1]
-  return Held(cells, values, tuple(donor_of(to) for to in donors))
+      if ablation.to not in runs:
+        runs[ablation.to] = other_run(ablation.to)
+      mine = found.setdefault(where if site == 'latents' else site, {})
+      full = {'latents': f'{ablation.site}.latents', 'resid.post_emb': site}.get(site, f'h.{where}.{site}')
+      mine.setdefault((ablation.to, where), runs[ablation.to][full])
+      place = list(mine).index((ablation.to, where))
+    cells[slot] = [CODES[site], where, *np.ravel(ranges), place, 1]
 
+  def places(key, *shape):
+    mine = list(found.get(key, {}).values())
+    x = np.zeros((1 << max(len(mine) - 1, 0).bit_length(), *shape), np.float32)  # few numbers are compiled
+    for place, activation in enumerate(mine):
+      x[place] = np.asarray(activation)[0]
+    return x
 
-def moved(held: Held, layer: int, index: int) -> Held:
-  """Returns the ablations with the first, of one head or neuron, moved to another: for many of them in turn."""
-  cells = held.cells.copy()
-  cells[0, 1], cells[0, 6:8] = layer, _range(index)
-  return dataclasses.replace(held, cells=cells)
+  config, t = subject.model.config, subject.padded(n_tokens)
+  n_head, d_head, d = subject.model.h[0].attn.c_proj.kernel.shape
+  shapes = {'attn.qk_probs': (n_head, t, t), 'attn.v_out': (t, n_head, d_head), 'mlp.post_act': (t, config.n_neurons)}
+  shapes |= dict.fromkeys(('resid.post_emb', 'resid.delta_attn', 'resid.delta_mlp'), (t, d))
+  others = {name: places(name, *shape) for name, shape in shapes.items()}
+  latents = tuple(places(i, t, subject.saes[site].n_latents) for i, site in enumerate(sae_sites))
+  return Held(cells, values, others, latents)
 
 
 def _range(index):
@@ -114,19 +132,17 @@ def check(subject: Subject, ablation: schema.Ablation, sae_sites: Sequence[str])
     ValueError: there is not; the message says how many there are.
   """
   config = subject.model.config
+  sizes = {'head': config.n_head, 'neuron': config.n_neurons}
   if ablation.kind == 'latent':
-    if ablation.site not in sae_sites:
-      raise ValueError(f'no SAE is spliced in at {ablation.site!r}; there is one at {list(sae_sites) or "no site"}')
-    n = subject.saes[ablation.site].n_latents
-  else:
-    n = {'head': config.n_head, 'neuron': config.n_neurons}.get(ablation.kind, 0)
-    if ablation.kind != 'embedding' and (ablation.layer is None or ablation.layer >= config.n_layer):
-      raise ValueError(f'layer {ablation.layer} is not there; there are {config.n_layer}, from 0')
-  if ablation.index is not None and ablation.index >= n:
-    raise ValueError(f'{ablation.kind} {ablation.index} is not there; there are {n}, from 0')
+    check_sae(ablation.site, sae_sites)
+    sizes['latent'] = subject.saes[ablation.site].n_latents
+  elif ablation.kind != 'embedding':
+    check_index(ablation.layer, config.n_layer, 'layer')
+  if ablation.index is not None:
+    check_index(ablation.index, sizes[ablation.kind], ablation.kind)
 
 
-def _hold(x, tap, held, layer_or_sae):
+def _hold(x, tap, cells, values, layer_or_sae, others):
   name = next(name for name in HOLDABLE if tap.prefix.endswith(f'{name}.'))
   shape = tuple(tap.shape.values())[1:]
 
@@ -141,7 +157,7 @@ def _hold(x, tap, held, layer_or_sae):
 
   def write(slot, mask_and_value):
     mask, value = mask_and_value
-    cell = held.cells[slot]
+    cell = cells[slot]
     inside = (cell[2] <= token) & (token < cell[3]) & (cell[4] <= source) & (source < cell[5])
     inside &= (cell[6] <= component) & (component < cell[7]) & (cell[9] == 1) & (cell[1] == layer_or_sae)
     freed = jnp.zeros((), bool)
@@ -149,13 +165,10 @@ def _hold(x, tap, held, layer_or_sae):
       freed = inside & (cell[0] == CODES['attn.qk_probs']) & (cell[5] == EVERYTHING)
     inside &= cell[0] == CODES[name]
     inside &= (source <= token) if name == 'attn.qk_probs' else True  # what is attended to stays behind
-    new = jnp.where(cell[8] < 0, held.values[slot], 0.0)
-    for number, donor in enumerate(held.donors):
-      if (site := tap.prefix[:-1]) in donor:
-        new = jnp.where(cell[8] == number, tap.here(donor[site][None])[0].astype(jnp.float32), new)
+    new = jnp.where(cell[8] < 0, values[slot], tap.here(others[jnp.maximum(cell[8], 0)][None])[0])
     return (mask & ~freed) | inside, jnp.where(inside, new, value)
 
-  n_used = held.cells[:, 9].sum()
+  n_used = cells[:, 9].sum()
   start = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32)
   mask, value = jax.lax.fori_loop(0, n_used, write, start)
   return jnp.where(mask, value, x).astype(x.dtype)
@@ -171,32 +184,35 @@ def held_tokens(held: Held, name: str, layer: int, n_tokens: int) -> jax.Array:
 
 def edits(held: Held, n_layer: int, sae_sites: Sequence[str]) -> tuple[sites.Edit, ...]:
   """Returns the edits of a run; those at a site where an SAE is spliced in come before the splice."""
-  found = [sites.Edit('resid.post_emb', _hold, (held, 0))]
+  found = [_edit(held, 'resid.post_emb', 0)]
   for layer in range(n_layer):
     found += layer_edits(held, layer, {}, f'h.{layer}.')
-  found += [sites.Edit(f'{site}.latents', _hold, (held, number)) for number, site in enumerate(sae_sites)]
-  return tuple(found)
+  return *found, *latent_edits(held, dict(zip(sae_sites, range(len(sae_sites)), strict=True)))
 
 
-def of_layer(held: Held, layer: int) -> Held:
-  """Returns what is held in a layer, whose sites are called by their names within it."""
-  prefix = f'h.{layer}.'
-  own = lambda donor: {site.removeprefix(prefix): x for site, x in donor.items() if site.startswith(prefix)}
-  return dataclasses.replace(held, donors=tuple(own(donor) for donor in held.donors))
+def _edit(held, name, layer, prefix=''):
+  return sites.Edit(f'{prefix}{name}', _hold, (held.cells, held.values, layer, held.others[name]))
 
 
 def layer_edits(held: Held, layer, saes: Mapping[str, int], prefix: str = '') -> list[sites.Edit]:
   """Returns the edits of one layer, by names within it.
 
   Args:
-    held: of `of_layer`.
+    held: of the run.
     layer: its number; may be traced.
     saes: {name of a site within the layer: number of its SAE}.
     prefix: of all names, where the whole model runs.
   """
   names = [name for name in HOLDABLE if name not in ('latents', 'resid.post_emb')]
-  found = [sites.Edit(f'{prefix}{name}', _hold, (held, layer)) for name in names]
-  return found + [sites.Edit(f'{prefix}{name}.latents', _hold, (held, number)) for name, number in saes.items()]
+  return [_edit(held, name, layer, prefix) for name in names] + latent_edits(held, saes)
+
+
+def latent_edits(held: Held, saes: Mapping[str, int]) -> list[sites.Edit]:
+  """Returns the edits of SAEs, {site: number}."""
+  return [
+    sites.Edit(f'{site}.latents', _hold, (held.cells, held.values, number, held.latents[number]))
+    for site, number in saes.items()
+  ]
 
 
 # Edges
@@ -208,18 +224,21 @@ N_SHIFTS = 8  # readers whose inputs are changed in a run
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['layers', 'deltas'], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Shifts:
-  """What is added to queries, keys and values: to those of layers[i] deltas['q'][i] etc. [token, head, channel]."""
+  """What is added to queries, keys and values: to those of layers[i] deltas['q'][i] etc. [token, head, channel].
+
+  Where layers[i] is -1, nothing.
+  """
 
   layers: np.ndarray
-  deltas: dict[str, jax.Array]
+  deltas: dict[str, np.ndarray]
 
 
-def _shift(x, tap, shifts, layer):
-  mine_s = (shifts.layers == layer).astype(jnp.float32)
-  delta_sthc = shifts.deltas[tap.prefix[:-1].split('.')[-1]]
-  return (x + tap.here(jnp.einsum('s,sthc->thc', mine_s, delta_sthc)[None])).astype(x.dtype)
+def _shift(x, tap, layers, deltas, layer):
+  mine_s = layers == layer
+  delta_thc = jnp.where(mine_s.any(), deltas[jnp.argmax(mine_s)], 0)
+  return (x + tap.here(delta_thc[None])).astype(x.dtype)
 
 
-def shift_edits(shifts: Shifts | None, layer, prefix: str = '') -> list[sites.Edit]:
-  """Returns the edits of a layer's queries, keys and values; none if nothing is shifted in the whole run."""
-  return [] if shifts is None else [sites.Edit(f'{prefix}attn.{name}', _shift, (shifts, layer)) for name in 'qkv']
+def shift_edits(shifts: Shifts, layer, prefix: str = '') -> list[sites.Edit]:
+  """Returns the edits of a layer's queries, keys and values."""
+  return [sites.Edit(f'{prefix}attn.{name}', _shift, (shifts.layers, shifts.deltas[name], layer)) for name in 'qkv']

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.debugger import effects, objectives, schema
-from jax_interp.debugger.subject import Subject
+from jax_interp.debugger.subject import Subject, to_stream
 from models import sites
 
 LOT = 64  # nodes whose logits are in memory together
@@ -22,9 +22,8 @@ N_ATTRIBUTED = 3  # tokens that an attention latent is attributed to
 @functools.partial(jax.jit, static_argnames='n')
 def _both_ends(scores_nv, n):
   """Returns indices [2, row, n] of the largest and the smallest of each row, and their values."""
-  ends = jnp.stack([scores_nv, -scores_nv])
-  indices = effects.largest(ends, n)
-  return indices, jnp.take_along_axis(jnp.stack([scores_nv] * 2), indices, -1)
+  indices = effects.ends(scores_nv, n)
+  return indices, jnp.take_along_axis(scores_nv[None], indices, -1)
 
 
 @functools.partial(jax.jit, static_argnames='n')
@@ -221,7 +220,7 @@ def unit_write(model, sae, site, index):
   """Returns what an activation of 1 adds to the residual stream, [1, d_model]."""
   if sae is None:
     return model.h[int(site.split('.')[1])].mlp.c_proj.kernel[...][index][None].astype(jnp.float32)
-  return effects.to_stream(model, site, sae.decoder[...][index][None])
+  return to_stream(model, site, sae.decoder[...][index][None])
 
 
 def lens(subject: Subject, request: schema.LensRequest, progress=None) -> schema.LensResponse:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.debugger import schema
-from jax_interp.debugger.subject import Subject
+from jax_interp.debugger.subject import Subject, check_index, check_sae
 
 N_SLOTS = 16  # token positions with a token each that an objective can be about
 LOGITS, LOG_PROBS, TEXT, KL, ENTROPY, PROJECTION, NEURON, LATENT, ATTENTION, WRITE = range(10)
@@ -180,13 +180,12 @@ def check_node(subject: Subject, node: schema.Node, n_tokens: int, sae_sites, ki
     raise ValueError(f'{node.label} is of kind {node.kind}; here it must be one of {", ".join(kinds)}')
   config = subject.model.config
   if node.kind == 'latent':
-    if node.site not in sae_sites:
-      raise ValueError(f'no SAE is spliced in at {node.site!r}; there is one at {list(sae_sites) or "no site"}')
-    _check(node.index, subject.saes[node.site].n_latents, 'latent')
+    check_sae(node.site, sae_sites)
+    check_index(node.index, subject.saes[node.site].n_latents, 'latent')
   elif node.kind != 'embedding':
-    _check(node.layer, config.n_layer, 'layer')
-    if node.kind not in ('layer', 'bias'):
-      _check(node.index, config.n_neurons if node.kind == 'neuron' else config.n_head, node.kind)
+    check_index(node.layer, config.n_layer, 'layer')
+    neuron = node.kind == 'neuron'
+    check_index(node.index, config.n_neurons if neuron else config.n_head, 'neuron' if neuron else 'head')
   if node.token is None:
     raise ValueError(f'{node.label} has no token; say at which token of the prompt')
   token, source = subject.position(node.token, n_tokens), None
@@ -197,11 +196,6 @@ def check_node(subject: Subject, node: schema.Node, n_tokens: int, sae_sites, ki
     if source > token:
       raise ValueError(f'source {source} is behind token {token}; attention looks back')
   return node.model_copy(update={'token': token, 'source': source})
-
-
-def _check(index: int | None, n: int, what: str):
-  if index is None or not 0 <= index < n:
-    raise ValueError(f'{what} {index} is not there; there are {n}, from 0')
 
 
 def value(question: Question, model, saes: dict, acts: dict) -> jax.Array:

@@ -1,14 +1,76 @@
 """What the debugger runs on: a model, its tokenizer, its SAEs, and a sample of text for means and resamples."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.debugger import schema
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # prompts are padded to one of these: few compilations
 SAE_SITES = ('attn.v_out', 'resid.delta_attn', 'resid.post_attn', 'mlp.post_act', 'resid.delta_mlp', 'resid.post_mlp')
+
+
+def check_index(index: int | None, n: int, what: str):
+  """Raises unless there is such a component.
+
+  Raises:
+    ValueError: there is not, or the number is missing; the message says how many there are.
+  """
+  if index is None:
+    raise ValueError(f'the number of the {what} is missing; give one from 0 to {n - 1}')
+  if not 0 <= index < n:
+    raise ValueError(f'{what} {index} is not there; there are {n}, from 0')
+
+
+def check_sae(site: str | None, sae_sites: Sequence[str]):
+  """Raises unless there is an SAE at the site.
+
+  Raises:
+    ValueError: there is not; the message says where there are.
+  """
+  if site not in sae_sites:
+    asked = 'the site of an SAE is missing' if site is None else f'no SAE is spliced in at {site!r}'
+    raise ValueError(f'{asked}; there is one at {list(sae_sites) or "no site"}')
+
+
+class WriteSizes(NamedTuple):
+  """The norms of what an activation of 1 adds to the residual stream, the same for all prompts.
+
+  Attributes:
+    heads: of each layer [head, channel, channel]: a value times it has the norm of what the head writes of the value.
+    neurons: of each layer [neuron].
+    latents: {site: [latent]}, where the scale of the SAE's input is 1.
+  """
+
+  heads: list[jax.Array]
+  neurons: list[jax.Array]
+  latents: dict[str, jax.Array]
+
+
+def to_stream(model, site: str, x: jax.Array) -> jax.Array:
+  """Returns what x [..., width of the site] adds to the residual stream [..., d_model]."""
+  if site.endswith(('v_out', 'post_act')):
+    _, layer, part, _ = site.split('.')
+    kernel = getattr(model.h[int(layer)], part).c_proj.kernel[...]
+    return jnp.einsum('...x,xd->...d', x, kernel.reshape(-1, kernel.shape[-1]), preferred_element_type=jnp.float32)
+  return x.astype(jnp.float32)
+
+
+@jax.jit
+def _write_sizes(model, saes):
+  norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+  # Where a kernel's transpose is Q R, what x writes is as long as R x.
+  factor = lambda kernel: jnp.linalg.qr(jnp.swapaxes(kernel.astype(jnp.float32), 1, 2), mode='r').swapaxes(1, 2)
+  return WriteSizes(
+    [factor(block.attn.c_proj.kernel[...]) for block in model.h],
+    [norm(block.mlp.c_proj.kernel[...]) for block in model.h],
+    {site: norm(to_stream(model, site, sae.decoder[...])) for site, sae in saes.items()},
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +108,11 @@ class Subject:
       if d != width:
         raise ValueError(f'the SAE at {site} reads {d} numbers and the site has {width}; give the SAE of this model')
 
+  @functools.cached_property
+  def write_sizes(self) -> WriteSizes:
+    """Computed when first asked for."""
+    return _write_sizes(self.model, dict(self.saes))
+
   def encode(self, prompt: str) -> list[int]:
     """Returns the tokens of a prompt; special tokens are read as such.
 
@@ -76,9 +143,12 @@ class Subject:
 
   def pad(self, tokens: list[int]) -> np.ndarray:
     """Returns tokens_bt [1, one of LENGTHS, or the context]; what is behind the prompt does not change it."""
+    return np.array([tokens + [0] * (self.padded(len(tokens)) - len(tokens))], np.int32)
+
+  def padded(self, n_tokens: int) -> int:
+    """Returns to which length so many tokens are padded."""
     n_ctx = self.model.config.n_ctx
-    length = min(next((n for n in LENGTHS if n >= len(tokens)), n_ctx), n_ctx)
-    return np.array([tokens + [0] * (length - len(tokens))], np.int32)
+    return min(next((n for n in LENGTHS if n >= n_tokens), n_ctx), n_ctx)
 
   def position(self, token: int, n_tokens: int, what: str = 'token') -> int:
     """Returns a position counted from 0.

@@ -152,7 +152,7 @@ class Catalog:
     """Returns the explanations that have all words of q, or their stems; the last word may be the beginning of one."""
     words = re.findall(r'\w+', q)
     if not words:
-      return schema.SearchResponse(q=q, found=[], n=0)
+      return schema.SearchResponse(q=q, limit=limit, found=[], n=0)
     match = ' '.join(f'"{word}"' for word in words) + '*'
     with self._lock:
       rows = self._index.execute(
@@ -161,7 +161,7 @@ class Catalog:
         (match, limit),
       ).fetchall()
     found = [schema.Found(**dict(zip(schema.Found.model_fields, row, strict=False))) for row in rows]
-    return schema.SearchResponse(q=q, found=found, n=rows[0][-1] if rows else 0)
+    return schema.SearchResponse(q=q, limit=limit, found=found, n=rows[0][-1] if rows else 0)
 
 
 def _explanation(line: dict) -> dict:

@@ -174,6 +174,7 @@ class SearchResponse(Strict):
   """Explanations that have all the words, the best match first (BM25)."""
 
   q: str = Field(description='What was asked.')
+  limit: int = Field(description='How many were asked for at most.')
   found: list[Found] = Field(description='The best match first.')
   n: int = Field(description='How many there are in all; found holds the first of them.')
 

@@ -47,7 +47,7 @@ def assert_compares(found: schema.CompareResponse, left: schema.Response, right:
     assert side.objective == pytest.approx(alone.objective, abs=1e-6)
     assert side.completeness == alone.completeness
     rows = [nodes.index(node) for node in alone.table.nodes]
-    np.testing.assert_allclose(columns(side.table)[:, rows], columns(alone.table), atol=1e-7)
+    np.testing.assert_allclose(columns(side.table)[:, rows], columns(alone.table), rtol=1e-5, atol=1e-6)
   difference = columns(found.left.table) - columns(found.right.table)
   np.testing.assert_allclose(columns(found.difference), difference, atol=1e-7)
   assert np.nanmax(np.abs(difference)) > 1e-2

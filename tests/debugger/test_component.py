@@ -154,7 +154,11 @@ def warmed():
 def test_a_plain_request_behind_the_start_compiles_nothing(warmed):
   ablation = schema.Ablation(kind='neuron', layer=1, index=3)
   trace = schema.Trace(node=schema.Node(kind='head', layer=2, token=-1, source=3, index=1), through='all')
-  for changes in ({}, {'ablations': [ablation]}, {'trace': trace}, {'objective': schema.KL(), 'prompt': '4 5 6'}):
+  held = [ablation.model_copy(update={'to': to}) for to in (schema.Mean(), schema.Resample(seed=1))]
+  held.append(schema.Ablation(kind='latent', site=WARM_SITES[0], to=schema.OtherPrompt(prompt='9 8 7 6 5 4 3')))
+  cut = schema.EdgeAblation(node=schema.Node(kind='embedding', token=2), layer=2, head=1, into='k')
+  changed = [{'ablations': [one]} for one in (ablation, *held)] + [{'edge_ablations': [cut]}, {'trace': trace}]
+  for changes in ({}, *changed, {'ablations': held[1:]}, {'objective': schema.KL(), 'prompt': '4 5 6'}):
     with compiling(0):
       found = engine.debug(warmed, subjects.request(n_tokens=10, **changes))
     assert len(found.node_tokens) == len(found.table.nodes) > 30

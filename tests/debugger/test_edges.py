@@ -176,6 +176,19 @@ def test_edges_out_of_a_node_are_the_largest_into_its_readers(subject, frozen):
     assert found(subject, from_node=writer, n=307, frozen=frozen).effects == response.effects[:307]
 
 
+def test_edges_into_a_reader_are_the_largest_of_all_there_are(subject):
+  expected = reference.answer(subject, subjects.request())
+  response = found(subject, subjects.request(k=1), to_node=NEURON, n=20)  # whatever the table lists
+  kinds = ('embedding', 'head', 'head_token', 'neuron', 'latent', 'error', 'bias', 'layer')
+  nodes = [node for kind in kinds for node in expected.nodes(kind) if node.token == NEURON.token]
+  nodes = [node for node in nodes if edges.written(node, subject.saes) <= 2 * NEURON.layer + 1]
+  effects_n = expected_edges(expected, np.stack([expected.write(node) for node in nodes]), NEURON)
+  order = np.argsort(-np.abs(effects_n), kind='stable')[:20]
+  assert_edges(np.abs(response.effects), np.abs(effects_n[order]))
+  effects = dict(zip(nodes, effects_n, strict=True))
+  assert_edges(response.effects, [effects[node] for node in response.from_nodes])
+
+
 def test_no_edge_leads_to_what_is_not_downstream(subject):
   expected = reference.answer(subject, subjects.request())
   order = list(expected.base)
@@ -388,8 +401,8 @@ def test_what_is_no_edge_is_refused(asked, message):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'layer': 3}, 'head 1 of layer 3 is not there; there are 3 layers of 4 heads, from 0'),
-    ({'head': 4}, 'head 4 of layer 1 is not there'),
+    ({'layer': 3}, 'layer 3 is not there; there are 3, from 0'),
+    ({'head': 4}, 'head 4 is not there; there are 4, from 0'),
     ({'node': schema.Node(kind='head', layer=1, index=0, token=3, source=2)}, 'is not upstream of heads of layer 1'),
     ({'node': schema.Node(kind='latent', site='h.1.resid.post_mlp', index=0, token=3)}, 'is not upstream'),
     ({'node': schema.Node(kind='error', site='resid.post_emb', token=3)}, 'cannot be cut'),

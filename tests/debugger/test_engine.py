@@ -75,7 +75,7 @@ def test_requests_that_change_values_compile_nothing(small):
   ask(of=small, ablations=off)
   counts = lambda: [
     function._cache_size()
-    for function in (effects.run, effects._layer_extremes, effects._sae_extremes, engine._value, lens._promoted)
+    for function in (effects.run, effects._find_in_layer, effects._find_in_sae, engine._value, lens._promoted)
   ]
   before, compiled = counts(), []
   # Small tables of other lengths may still compile what describes them, in a few sizes: those are counted apart.
@@ -149,7 +149,11 @@ BAD = {
   'a head cannot write for what another head writes': trace(HEAD, 'v', schema.Trace(node=HEAD, through='v')),
   'h.1.attn.2 5<-2 is not upstream of what it is to write for': trace(HEAD, 'v', schema.Trace(node=LATENT)),
   'neuron 200 is not there; there are 128': ablate(kind='neuron', layer=0, index=200),
-  'layer None is not there; there are 3': ablate(kind='attn'),
+  'the number of the layer is missing; give one from 0 to 2': ablate(kind='attn'),
+  'the number of the neuron is missing; give one from 0 to 127': trace(Node(kind='neuron', layer=0, token=0)),
+  'the site of an SAE is missing; there is one at': trace(Node(kind='latent', index=0, token=0)),
+  'the number of the head is missing; give one from 0 to 3': {'nodes': [Node(kind='head_total', layer=0)]},
+  "the site of a node of kind bias is missing; give 'attn' or 'mlp'": {'nodes': [Node(kind='bias', layer=0, token=0)]},
   'an ablation from token 5 to 2 is of none': ablate(kind='mlp', layer=0, first=5, last=2),
   'last 9 is not in a prompt of 7 tokens': ablate(kind='mlp', layer=0, last=9),
   'source 6 is behind token 3': ablate(kind='head', layer=0, index=1, last=3, source=6),
@@ -161,7 +165,7 @@ BAD = {
     'prompt': ' '.join(['3'] * 13)
   } | ablate(kind='mlp', layer=0, to=schema.Resample()),
   'head 9 is not there; there are 4': {'nodes': [Node(kind='head_total', layer=0, index=9)]},
-  "layer of 'resid' is not there; site is 'attn' or 'mlp'": {
+  "the site of a node of kind layer 'resid' is not there; give 'attn' or 'mlp'": {
     'nodes': [Node(kind='layer', layer=0, site='resid', token=0)]
   },
   'h.0.attn.bias has no token': {'nodes': [Node(kind='bias', layer=0, site='attn')]},

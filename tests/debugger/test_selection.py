@@ -36,7 +36,9 @@ def _ranked(expected: reference.Reference, kind: str, k: int) -> list[schema.Nod
 @pytest.mark.parametrize('name', list(REQUESTS))
 def test_a_table_lists_the_extremes_of_every_column_of_every_kind(subject, name):
   request = subjects.request(**REQUESTS[name])
-  listed, expected = engine.debug(subject, request).table.nodes, reference.answer(subject, request)
+  table, expected = engine.debug(subject, request).table, reference.answer(subject, request)
+  reference.assert_same(table, expected)
+  listed = table.nodes
   assert len(set(listed)) == len(listed)
   for kind in KINDS:
     mine = [node for node in listed if node.kind == kind]
