@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_interp.debugger import engine, lens, schema, subject
+from jax_interp.debugger import effects, engine, lens, schema, subject
 from models import gpt2
 from tests.debugger import reference, subjects
 
@@ -260,3 +260,23 @@ def test_a_prompt_of_a_thousand_tokens_is_answered_as_its_beginning_is():
   last = of(1000, -1)
   assert abs(last.completeness.residual) < 1e-4
   assert max(node.token or 0 for node in last.table.nodes) == 999
+
+
+def test_what_is_in_memory_beside_a_run_is_of_one_layer(monkeypatch):
+  n_layer, n_head, t = 4, 4, 1024
+  model = gpt2.GPT2(gpt2.GPT2Config(n_layer, n_head, d_model=32, n_ctx=t, n_vocab=53), nnx.Rngs(0))
+  studied = subject.Subject(model, subjects.Tokenizer(53))
+  asked = engine.prepare(studied, subjects.request(prompt=' '.join(['3'] * 1000)))
+  pattern = n_head * t * t * 4  # bytes of a layer's attention
+  args = model, asked.saes, asked.tokens_bt, asked.held, asked.shifts, asked.question, np.int32(1000)
+  of_run = effects.run.lower(*args).compile().memory_analysis()
+  assert of_run.output_size_in_bytes < 2.5 * n_layer * pattern  # attention and its gradients are kept
+  assert of_run.temp_size_in_bytes < (2 * n_layer + 4) * pattern
+  found = engine.run(studied, asked)
+  find, seen = effects._find_in_layer, []
+  monkeypatch.setattr(effects, '_find_in_layer', lambda *args: seen.append(args) or find(*args))
+  effects.find(studied, asked.saes, found, 10, True)
+  of_layer = find.lower(*seen[-1]).compile().memory_analysis()
+  assert len(seen) == n_layer
+  assert of_layer.temp_size_in_bytes < 6 * pattern
+  assert of_layer.output_size_in_bytes < pattern / 10
