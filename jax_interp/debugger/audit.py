@@ -21,8 +21,11 @@ from models import sites
 SIZES = (8, 16, 24, 32, 48, 64)  # of batches, so that few are compiled
 SHARES = (1 / 4, 1 / 2, 3 / 4, 1)  # of the tokens that a batch reads, so that few are compiled
 MAX_PAIRS = SIZES[-1] * 256**2  # token pairs in memory together
-ABLATABLE = ('embedding', 'head', 'neuron', 'latent')
-EMBEDDING, HEAD, NEURON, LATENT = range(4)  # codes; the number of its SAE is added to a latent's
+LISTED = ('embedding', 'head', 'neuron', 'latent')  # kinds of the nodes of the largest estimates
+ABLATABLE = (*LISTED, 'head_token', 'layer')
+EMBEDDING, HEAD, NEURON, HEAD_TOKEN, ATTN, MLP, LATENT = range(7)  # codes; that of its SAE is added to a latent's
+CODES = {'attn.qk_probs': HEAD, 'attn.v_out': HEAD_TOKEN, 'resid.delta_attn': ATTN}  # of what is held at a site
+CODES |= {'mlp.post_act': NEURON, 'resid.delta_mlp': MLP}
 READ = ('resid.post_attn', 'resid.post_mlp', 'attn.q', 'attn.k', 'attn.v', 'attn.qk_probs', 'mlp.pre_act')
 
 
@@ -44,20 +47,28 @@ def rows_of(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> Rows:
   """Returns nodes, of kinds in ABLATABLE, as rows."""
   found = []
   for node in nodes:
-    code, layer = ABLATABLE.index(node.kind), node.layer
-    if node.kind == 'latent':
-      layer, _ = objectives.split_site(node.site)
-      code += sae_sites.index(node.site)
+    layer = node.layer
+    match node.kind:
+      case 'latent':
+        code, layer = LATENT + sae_sites.index(node.site), objectives.split_site(node.site)[0]
+      case 'layer':
+        code = {'attn': ATTN, 'mlp': MLP}[node.site]
+      case _:
+        code = {'embedding': EMBEDDING, 'head': HEAD, 'neuron': NEURON, 'head_token': HEAD_TOKEN}[node.kind]
     found.append((code, -1 if layer is None else layer, node.token, node.source or 0, node.index or 0))
   return Rows(*np.array(found, np.int32).reshape(-1, 5).T)
 
 
 def _hold_rows(x, tap, rows, values_b, layer, code):
-  """Sets one cell of each row that holds one here."""
-  cells = (rows.index, rows.token, rows.source) if code == HEAD else (rows.token, rows.index)
+  """Sets one cell of each row that holds one here; where a cell is a vector, multiplies it."""
+  cells = {HEAD: (rows.index, rows.token, rows.source), ATTN: (rows.token,), MLP: (rows.token,)}
   mine_b = (rows.code == code) & (rows.layer == layer)
+  cells = cells.get(code, (rows.token, rows.index))
   cells = [jnp.where(mine_b, cell, x.shape[axis + 1]) for axis, cell in enumerate(cells)]  # else outside of the array
-  return x.at[jnp.arange(len(x)), *cells].set(values_b.astype(x.dtype), mode='drop')
+  at, values_b = x.at[jnp.arange(len(x)), *cells], values_b.astype(x.dtype)
+  if x.ndim > 1 + len(cells):
+    return at.multiply(values_b[:, None], mode='drop', unique_indices=True)
+  return at.set(values_b, mode='drop')
 
 
 def _edits(saes, own, held, rows, values_b, layer, codes=()):
@@ -90,7 +101,7 @@ def _block(block, saes, x, past, start, held, shifts, question, rows, values_b, 
   own = dict(zip(saes, numbers, strict=True))
 
   def forward(x_btd, values_b):
-    edits = _edits(saes, own, held, rows, values_b, layer, {'attn.qk_probs': HEAD, 'mlp.post_act': NEURON})
+    edits = _edits(saes, own, held, rows, values_b, layer, CODES)
     n_rows, (n_slots, *_) = len(x_btd), past['attn.k'].shape
     known = {name: jnp.broadcast_to(x_sgc, (n_rows, *x_sgc.shape)) for name, x_sgc in past.items()}
     tap = sites.Tap(
@@ -169,7 +180,7 @@ def held_objectives(
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """Returns the objective with each row's node held at its value, [row], and its derivative by the value.
 
-  The scales of all norms are live. The value of an embedding is a multiple of it.
+  The scales of all norms are live. The value of an embedding, of a head at a token and of a layer is a multiple of it.
 
   Args:
     subject: of the request.
@@ -248,7 +259,7 @@ def measure(
     prepared: the request.
     run: of it.
     nodes: of kinds in ABLATABLE, counted from 0.
-    values_n: what each is held at; of an embedding, a multiple of it.
+    values_n: what each is held at; of an embedding, a head at a token and a layer, a multiple of it.
     with_slope: whether the derivatives are wanted.
     progress: told the share of nodes that are done.
   """
@@ -282,11 +293,11 @@ def audit(
   """Returns the estimated, the measured and the integrated effects of the nodes that seem to matter most.
 
   The effect of a node is the objective minus the objective with its activation held at zero (of a head, at one token
-  pair; of an embedding, without it). Integrated: activation times the derivative of the objective by it, averaged from
-  zero to the activation by Gauss-Legendre quadrature (integrated gradients, eq. 1 of Sundararajan et al. 2017, along
-  one node); with more steps it comes to the measured effect, and where few do not, the objective bends. Not so where
-  the objective holds what an ablation moves: in traces through q, k or v alone, and of latents the scale of the SAE's
-  input.
+  pair), or, of an embedding, a head at a token and a layer, without it. Integrated: activation times the derivative of
+  the objective by it, averaged from zero to the activation by Gauss-Legendre quadrature (integrated gradients, eq. 1 of
+  Sundararajan et al. 2017, along one node); with more steps it comes to the measured effect, and where few do not, the
+  objective bends. Not so where the objective holds what an ablation moves: in traces through q, k or v alone, and of
+  latents the scale of the SAE's input.
 
   Raises:
     ValueError: as `engine.debug`.
@@ -298,12 +309,13 @@ def audit(
   run = engine.run(subject, prepared)
   k = min(100, max(request.n, request.request.k))
   listed = effects.find(subject, prepared.saes, run, k, True).nodes
-  nodes = list(dict.fromkeys([*asked, *(node for node in listed if node.kind in ABLATABLE)]))
+  nodes = list(dict.fromkeys([*asked, *(node for node in listed if node.kind in LISTED)]))
   described = effects.describe(subject.model, prepared.saes, run, nodes)
   order = np.argsort(-np.abs(described.total_effect), kind='stable')
   order = [i for i in order if i < len(asked)] + [i for i in order if i >= len(asked)]
   order = np.array(order[: max(request.n, len(asked))], int)
-  nodes, acts_n, estimated_n = [nodes[i] for i in order], described.activation[order], described.total_effect[order]
+  nodes, estimated_n = [nodes[i] for i in order], described.total_effect[order]
+  acts_n = np.nan_to_num(described.activation[order], nan=1.0)  # of heads at a token and of layers: multiples
   n_lots = 1 + request.steps
   told = lambda lot: lambda share, what: progress((lot + share) / n_lots, what)
   objective, zeroed_n, _ = measure(subject, prepared, run, nodes, np.zeros(len(nodes)), progress=told(0))

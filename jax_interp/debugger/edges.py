@@ -46,9 +46,15 @@ def _head_reads(block, stream_td, frozen, through, grads):
   """
   probs_hts, v_shc = _patterns(block, stream_td, frozen, through)
   if through == 'v':
-    grad_thc = jax.lax.stop_gradient(block.attn.c_proj.read(grads['delta_attn']))
+    grad_thc = jax.lax.stop_gradient(grads['v_out'].reshape(v_shc.shape))
     return probs_hts * jnp.einsum('thc,shc->hts', grad_thc, v_shc)
   return probs_hts * jax.lax.stop_gradient(grads['qk_probs'])
+
+
+def _layer_grads(run, saes, layer):
+  """Returns the gradients of the objective in a layer by name; of what heads read, before the SAE there is."""
+  grads, site = effects.unbatched(effects.layer_acts(run, layer)[1])[0], f'h.{layer}.attn.v_out'
+  return grads | ({'v_out': run.grads[f'{site}.input'][0]} if site in saes else {})
 
 
 def _neuron_reads(block, stream_td, frozen, grads):
@@ -166,11 +172,11 @@ def _into(subject, prepared, run, request):
   frozen, traced_sae = np.bool_(request.frozen), -1
   if node.kind == 'head':
     stream, cell = 2 * node.layer, (node.index, node.token, node.source)
-    grads = effects.unbatched(effects.layer_acts(run, node.layer)[1])[0]
+    grads = _layer_grads(run, saes, node.layer)
     grad_td = _into_head(model.h[node.layer], _stream(run, stream), grads, frozen, request.through, np.array(cell))
   elif node.kind == 'neuron':
     stream, cell = 2 * node.layer + 1, (node.token, node.index)
-    grads = effects.unbatched(effects.layer_acts(run, node.layer)[1])[0]
+    grads = _layer_grads(run, saes, node.layer)
     grad_td = _into_neuron(model.h[node.layer], _stream(run, stream), grads, frozen, np.array(cell))
   else:
     stream, cell = objectives.read_from(node.site), (node.token, node.index)
@@ -232,7 +238,7 @@ def _out(subject, prepared, run, request, progress):
   n_head, n_neurons = model.config.n_head, model.config.n_neurons
   found = []
   for i, block in enumerate(model.h):
-    grads = effects.unbatched(effects.layer_acts(run, i)[1])[0]
+    grads = _layer_grads(run, saes, i)
     if begin <= 2 * i:
       for through in 'qkv':
         top = _out_to_heads(block, _stream(run, 2 * i), write_td, grads, frozen, through, n)

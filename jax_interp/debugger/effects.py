@@ -38,7 +38,18 @@ Array = jax.Array
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['objective', 'final_bias', 'acts', 'grads', 'grad_td', 'stream', 'traced_sae', 'cut', 'n_tokens'],
+  data_fields=[
+    'objective',
+    'final_bias',
+    'acts',
+    'grads',
+    'grad_td',
+    'stream',
+    'traced_sae',
+    'cut',
+    'held_heads',
+    'n_tokens',
+  ],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Run:
     traced_sae: number of the SAE whose latent is the objective, else -1.
     cut: {'h.0.resid.delta_attn': [token]} and so on: where what a layer's attention or MLP adds is held, so that
       nothing of its parts reaches the stream.
+    held_heads: of each layer [token, head]: where what a head reads is held, so that no pair of it reaches the stream.
     n_tokens: of the prompt, without padding.
   """
 
@@ -65,6 +77,7 @@ class Run:
   stream: Array
   traced_sae: Array
   cut: dict[str, Array]
+  held_heads: list[Array]
   n_tokens: Array
 
 
@@ -134,11 +147,12 @@ def run(
       acts,
       ('qk_probs', '.k', '.v', 'v_out', 'post_act', 'post_emb', *DELTAS, *sites.SPLICED, 'ln_f', *STREAMS),
     ),
-    kept(grads, ('qk_probs', 'post_act', 'post_emb', *DELTAS, '.latents', '.error')),
+    kept(grads, ('qk_probs', 'v_out', 'post_act', 'post_emb', *DELTAS, *sites.SPLICED)),
     grad_td.astype(jnp.float32),
     jnp.asarray(question.stream),
     jnp.asarray(traced_sae),
     cut,
+    [interventions.held_heads(held, i, tokens_bt.shape[1], model.config.n_head) for i in range(n_layer)],
     jnp.asarray(n_tokens),
   )
 
@@ -267,7 +281,9 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
     elif key in saes:
       described = _describe_sae(model, saes[key], key, *own_acts(run, key), bare(run), writer(run, saes, key), rows)
     else:
-      described = _describe_layer(model.h[key], *layer_acts(run, key), bare(run), _writers(run, key), rows)
+      described = _describe_layer(
+        model.h[key], *layer_acts(run, key), bare(run), _writers(run, key), run.held_heads[key], rows
+      )
     found.append(described)
     numbers.append(mine)
   cut = lambda mine, described: jax.tree.map(operator.itemgetter(slice(len(mine))), described)
@@ -300,7 +316,7 @@ def unbatched(*found: dict[str, Array]) -> tuple[dict[str, Array], ...]:
 
 def bare(run: Run) -> Run:
   """Returns a run without its large dicts, of which a call would pass every array."""
-  return dataclasses.replace(run, acts={}, grads={}, cut={})
+  return dataclasses.replace(run, acts={}, grads={}, cut={}, held_heads=[])
 
 
 def _writers(run: Run, layer: int) -> dict[str, Writer]:
@@ -321,7 +337,7 @@ def _described(activation, write_nd, run, rows, total, upstream) -> Described:
 
 
 @jax.jit
-def _describe_layer(block, acts, grads, run, writers, rows) -> Described:
+def _describe_layer(block, acts, grads, run, writers, held_th, rows) -> Described:
   acts, grads = unbatched(acts, grads)
   of, reach = rows.of, {part: writers[part].reaches(run) for part in PARTS}
   probs_hts, v_sgc, v_out_thc = acts['qk_probs'], acts['v'], acts['v_out']
@@ -340,11 +356,11 @@ def _describe_layer(block, acts, grads, run, writers, rows) -> Described:
   write_nd = jnp.einsum('nhc,hcd->nd', read_nhc, block.attn.c_proj.kernel[...], preferred_element_type=jnp.float32)
   rows_nd = block.mlp.c_proj.kernel[...][neuron].astype(jnp.float32)
   write_nd = jnp.where(of('neuron')[:, None], post_act_n[:, None] * rows_nd, write_nd)
-  by_token_ht = (probs_hts * grads['qk_probs']).sum(-1) * kept_t
+  by_token_ht = _head_totals(acts, grads, (probs_hts * grads['qk_probs']).sum(-1), held_th) * kept_t
   total = jnp.where(of('head_token'), by_token_ht[head, token], by_token_ht.sum(-1)[head])
   total = jnp.where(of('head'), probs_n * grads['qk_probs'][head, token, source], total)
   total = jnp.where(of('neuron'), post_act_n * grads['post_act'][token, neuron], total)
-  reached = jnp.where(of('neuron'), reach['mlp'][token], reach['attn'][token])
+  reached = jnp.where(of('neuron'), reach['mlp'][token], reach['attn'][token] & ~(of('head') & held_th[token, head]))
   for number, (part, layer) in enumerate((('attn', block.attn), ('mlp', block.mlp))):
     mine, whole = of('layer', 'bias') & (rows.index == number), of('layer')
     delta_nd = jnp.where(whole[:, None], acts[f'delta_{part}'][token].astype(jnp.float32), _output_bias(layer.c_proj))
@@ -362,6 +378,11 @@ def _describe_layer(block, acts, grads, run, writers, rows) -> Described:
     write_norm=jnp.where(of('head_total'), jnp.nan, found.write_norm),
     direct_effect=jnp.where(of('head_total'), direct_h[head], found.direct_effect),
   )
+
+
+def _head_totals(acts, grads, pairs_ht, held_th) -> Array:
+  """Returns total effects [head, token] of what heads give: of their pairs, and where that is held, of what it is."""
+  return jnp.where(held_th.T, (acts['v_out'] * grads['v_out']).sum(-1).T, pairs_ht)
 
 
 @functools.partial(jax.jit, static_argnames='site')
@@ -454,7 +475,7 @@ class _Layer:
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'with_heads', 'with_neurons'))
-def _find_in_layer(kernels, sizes, acts, grads, run, writers, k, with_heads, with_neurons) -> _Layer:
+def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_heads, with_neurons) -> _Layer:
   """Returns the extremes of one layer's heads and neurons, and sums over them; see `_of_layer` for the arguments."""
   acts, grads = unbatched(acts, grads)
   reach = {part: writers[part].reaches(run) for part in PARTS}
@@ -469,7 +490,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, k, with_heads, wit
   total_hts = jnp.where(causal_ts, probs_hts * grads['qk_probs'], 0)
   heads = neurons = None
   if with_heads:
-    direct_hts = probs_hts * projected_hts * reach['attn'][:, None]
+    direct_hts = probs_hts * projected_hts * (reach['attn'] & ~held_th.T)[..., None]
     heads = _extremes((probs_hts * norm(v_shc)[:, None], total_hts, direct_hts, probs_hts), causal_ts, k)
   direct_ht = (v_out_thc * reads_thc).sum(-1).T * reach['attn']
   post_act_tn = acts['post_act'].astype(jnp.float32)
@@ -490,7 +511,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, k, with_heads, wit
   return _Layer(
     heads,
     neurons,
-    jnp.stack([norm(v_out_thc), total_hts.sum(-1), direct_ht]) * kept_t,
+    jnp.stack([norm(v_out_thc), _head_totals(acts, grads, total_hts.sum(-1), held_th), direct_ht]) * kept_t,
     jnp.array(parts),
     jnp.array(held),
     neurons_direct,
@@ -655,6 +676,7 @@ def _of_layer(model, sizes, saes, run, i, lot) -> _Layer:
     *layer_acts(run, i),
     bare(run),
     _writers(run, i),
+    run.held_heads[i],
     lot,
     not stands_for('attn.v_out', 'resid.delta_attn'),
     not stands_for('mlp.post_act', 'resid.delta_mlp'),

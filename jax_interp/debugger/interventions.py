@@ -182,6 +182,18 @@ def held_tokens(held: Held, name: str, layer: int, n_tokens: int) -> jax.Array:
   return (inside_st & mine_s[:, None]).any(0)
 
 
+def held_heads(held: Held, layer: int, n_tokens: int, n_head: int) -> jax.Array:
+  """Returns whether what a head reads is held, [token, head]: it is not where its whole pattern is held later."""
+  tokens_t1, heads_h, found_th = jnp.arange(n_tokens)[:, None], jnp.arange(n_head), jnp.zeros((n_tokens, n_head), bool)
+  for slot in range(N_SLOTS):
+    cell = jnp.asarray(held.cells)[slot]
+    inside_th = (cell[2] <= tokens_t1) & (tokens_t1 < cell[3]) & (cell[6] <= heads_h) & (heads_h < cell[7])
+    inside_th &= (cell[1] == layer) & (cell[9] == 1)
+    found_th &= ~(inside_th & (cell[0] == CODES['attn.qk_probs']) & (cell[5] == EVERYTHING))
+    found_th |= inside_th & (cell[0] == CODES['attn.v_out'])
+  return found_th
+
+
 def edits(held: Held, n_layer: int, sae_sites: Sequence[str]) -> tuple[sites.Edit, ...]:
   """Returns the edits of a run; those at a site where an SAE is spliced in come before the splice."""
   found = [_edit(held, 'resid.post_emb', 0)]

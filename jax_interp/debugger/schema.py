@@ -397,7 +397,11 @@ class CompareResponse(Strict):
 
 
 class AuditRequest(Strict):
-  """Really ablates nodes to zero, one at a time, and compares with the estimate."""
+  """Really ablates nodes to zero, one at a time, and compares with the estimate.
+
+  Nodes that the request names are audited first: embeddings, heads at a token pair or at a token, neurons, latents, and
+  layers. The others are not heads at a token or layers, which are sums of nodes.
+  """
 
   request: Request
   n: int = Field(50, ge=1, le=500, description='Nodes: those of the largest estimated total effects.')

@@ -323,6 +323,8 @@ class Reference:
       where, site = (node.token, node.index), f'{node.site}.latents'
     elif node.kind == 'neuron':
       where, site = (node.token, node.index), f'h.{node.layer}.mlp.post_act'
+    elif node.kind != 'head' and (site := f'h.{node.layer}.attn.v_out') in self.held:  # what is held are not its pairs
+      where = (slice(None) if node.token is None else node.token, node.index)
     else:
       rest = {'head': (node.token, node.source), 'head_token': (node.token,), 'head_total': ()}[node.kind]
       where, site = (node.index, *rest), f'h.{node.layer}.attn.qk_probs'
@@ -338,6 +340,8 @@ class Reference:
     """Returns what a node adds to the residual stream, [token, d_model]."""
     mine = self.part(node)[1]
     block = self.model.h[node.layer] if node.layer is not None else None
+    if node.kind in ('head_token', 'head_total') and f'h.{node.layer}.attn.v_out' in self.held:
+      return mine[:, node.index] @ _array(block.attn.c_proj.kernel)[node.index]
     if node.kind in ('head', 'head_token', 'head_total'):
       v_sc = self.base[f'h.{node.layer}.attn.v'][0, :, self._group(node)]
       return mine[node.index] @ v_sc @ _array(block.attn.c_proj.kernel)[node.index]
@@ -363,11 +367,13 @@ class Reference:
     parts = {'v_out': 'attn', 'post_act': 'mlp', 'attn': 'attn', 'mlp': 'mlp', None: 'mlp'}
     part = 'attn' if node.kind.startswith('head') else parts.get(node.site and node.site.split('.')[-1])
     layer = int(node.site.split('.')[1]) if node.site in self.saes and part else node.layer
-    site = f'h.{layer}.resid.delta_{part}'
-    if site not in self.held or node.kind == 'layer':
-      return np.zeros((len(self.tokens), 1), bool)
-    x = self.base[site]
-    return (self.held[site](x) == self.held[site](x + 1)).all(-1)[0, :, None]
+    lost = np.zeros((len(self.tokens), 1), bool)
+    held_at = lambda site: (self.held[site](self.base[site]) == self.held[site](self.base[site] + 1)).all(-1)[0]
+    if (site := f'h.{layer}.resid.delta_{part}') in self.held and node.kind != 'layer':
+      lost |= held_at(site)[:, None]
+    if (site := f'h.{layer}.attn.v_out') in self.held and node.kind == 'head':  # no pair is what a held head gives
+      lost |= held_at(site)[:, node.index, None]
+    return lost
 
   def direct_effects(self, nodes: list[schema.Node]) -> np.ndarray:
     """Returns what each node's write does [node], along the objective's slope at the stream it is read from."""

@@ -225,8 +225,14 @@ def test_columns_are_right_under_values_of_other_runs(subject, changes):
       donor = _of(subject, subject.encode(OTHER)[:T])[site][0][*where]
     cells.append((site, where, donor))
     ablations.append(_held(ablation, to))
-  request = subjects.request(ablations=ablations, k=4)
-  reference.assert_same(engine.debug(subject, request).table, reference.answer(subject, request, _changes(cells)))
+  pairs = [schema.Node(kind='head', layer=1, index=index, token=4, source=1) for index in (2, 1)]
+  objective = schema.LogitDifference(targets=['8'], distractors=['30'], token=4)
+  for nodes in ([], pairs):
+    request = subjects.request(objective, ablations=ablations, k=4, nodes=nodes)
+    table = engine.debug(subject, request).table
+    reference.assert_same(table, reference.answer(subject, request, _changes(cells)))
+  if changes[0][0] == 'head':  # held at this token: its pairs are not what it gives
+    assert [effect != 0 for effect in table.direct_effect[:2]] == [False, True]
 
 
 def test_the_later_of_a_head_s_pattern_and_its_reading_wins(subject):

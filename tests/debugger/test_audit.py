@@ -91,8 +91,11 @@ def switched_off(expected: reference.Reference, nodes) -> np.ndarray:
 
 
 def without(node: schema.Node) -> schema.Ablation:
-  where = {'layer': node.layer, 'site': node.site, 'index': node.index, 'source': node.source}
-  return schema.Ablation(kind=node.kind, first=node.token, last=node.token, **where)
+  where = {'layer': node.layer, 'first': node.token, 'last': node.token}
+  if node.kind == 'layer':
+    return schema.Ablation(kind=node.site, **where)
+  kind = 'head' if node.kind == 'head_token' else node.kind
+  return schema.Ablation(kind=kind, site=node.site, index=node.index, source=node.source, **where)
 
 
 def one_by_one(subject, request, nodes) -> tuple[float, np.ndarray]:
@@ -144,7 +147,7 @@ def test_estimates_are_those_of_the_table_and_ratios_theirs(subject):
   response = engine.debug(subject, subjects.request(k=30))
   rows = dict(zip(response.table.nodes, response.table.total_effect, strict=True))
   np.testing.assert_allclose(found.estimated, [rows[node] for node in found.nodes], rtol=1e-6)
-  sizes = np.abs([rows[node] for node in rows if node.kind in audit.ABLATABLE])
+  sizes = np.abs([rows[node] for node in rows if node.kind in audit.LISTED])
   np.testing.assert_allclose(np.abs(found.estimated), np.sort(sizes)[::-1][:30], rtol=1e-5)
   assert found.integrated is None
   for ratio, estimated, measured in zip(found.ratio, found.estimated, found.measured, strict=True):
@@ -167,7 +170,7 @@ def test_nodes_that_are_asked_for_come_first_whatever_they_do(subject):
 @pytest.mark.parametrize('name', ['logits', 'neuron', 'attention', 'write'])
 def test_integrated_gradients_come_to_the_measured_effect(subject, name):
   # Not those of embeddings: towards none the first norm's scale falls to its epsilon, which takes many more points.
-  nodes = some_nodes(subject, ('head', 'neuron', 'latent'), 6)
+  nodes = some_nodes(subject, [kind for kind in audit.ABLATABLE if kind != 'embedding'], 6)
   found = audited(subject, n=1, steps=24, nodes=nodes, **QUESTIONS[name] | {'ablations': ABLATIONS[:1]})
   measured = np.array(found.measured)
   assert np.abs(measured).max() > 1e-3
@@ -238,7 +241,7 @@ def test_other_nodes_prompts_and_questions_compile_nothing(subject, monkeypatch)
 
 
 def test_only_nodes_that_can_be_switched_off_are_audited(subject):
-  with pytest.raises(ValueError, match=r'h\.1\.attn\.2 4 cannot be audited; embedding, head, neuron, latent can'):
-    audited(subject, nodes=[schema.Node(kind='head_token', layer=1, index=2, token=4)])
+  with pytest.raises(ValueError, match='cannot be audited; embedding, head, neuron, latent, head_token, layer can'):
+    audited(subject, nodes=[schema.Node(kind='head_total', layer=1, index=2)])
   with pytest.raises(ValueError, match='layer 3 is not there; there are 3, from 0'):
     audited(subject, nodes=[schema.Node(kind='neuron', layer=3, index=2, token=4)])

@@ -69,8 +69,10 @@ def expected_edges(expected: reference.Reference, writes, reader, through=None, 
   else:
     held |= expected._frozen([f'{prefix}.{name}' for name in 'qkv' if name != through])
     if through == 'v':
-      s, site = reader.source, f'{prefix}.v_out'
-      grad_c = np.array([slope(site, t, i, c) for c in range(expected.base[site].shape[-1])])
+      s, site, n = reader.source, f'{prefix}.v_out', expected.base[f'{prefix}.v_out'].shape[-1]
+      before_sae = site in expected.saes
+      where = lambda c: (f'{site}.input', t, i * n + c) if before_sae else (site, t, i, c)
+      grad_c = np.array([slope(*where(c)) for c in range(n)])
       of, grad = (
         lambda acts: (
           acts[f'{prefix}.qk_probs'][:, i, t, s] * (acts[f'{prefix}.v'][:, s, expected._group(reader)] @ grad_c)
@@ -174,6 +176,24 @@ def test_edges_out_of_a_node_are_the_largest_into_its_readers(subject, frozen):
       effect = expected_edges(expected, expected.write(writer)[None], reader, through, frozen)[0]
       assert_edges(listed.get((reader, through), np.clip(effect, -sizes[-1], sizes[-1])), effect)
     assert found(subject, from_node=writer, n=307, frozen=frozen).effects == response.effects[:307]
+
+
+def test_edges_into_values_are_of_what_heads_read_before_latents_are_ablated():
+  subject = subjects.build(*subjects.SUBJECTS['llama'])  # with SAEs on what heads read and write
+  saes = ['h.0.resid.delta_attn', 'h.1.attn.v_out']
+  for layer, site in enumerate(saes):
+    request = subjects.request(saes=saes, ablations=[schema.Ablation(kind='latent', site=site)])
+    expected = reference.answer(subject, request, {f'{site}.latents': np.zeros_like})
+    reader = HEAD.model_copy(update={'layer': layer})
+    writers = [schema.Node(kind='embedding', token=reader.source)]
+    writers += [schema.Node(kind='layer', site='mlp', layer=0, token=reader.source)] * layer
+    for writer in writers:
+      wanted = expected_edges(expected, expected.write(writer)[None], reader, 'v')
+      assert abs(wanted[0]) > 1e-4
+      assert_edges(found(subject, request, from_node=writer, to_node=reader, through='v').effects, wanted)
+      listed = found(subject, request, from_node=writer, n=1000)
+      rows = dict(zip(zip(listed.to_nodes, listed.through, strict=True), listed.effects, strict=True))
+      assert_edges(rows[reader, 'v'], wanted[0])
 
 
 def test_edges_into_a_reader_are_the_largest_of_all_there_are(subject):
