@@ -38,7 +38,8 @@ def _questions() -> list[tuple[str, dict]]:
   found = []
   for number in range(N_QUESTIONS):
     prompt = ' '.join(rng.choice(WORDS) for _ in range(rng.randint(3, 7)))
-    request = {'prompt': prompt, 'objective': {'kind': ('entropy', 'kl')[number % 2]}, 'k': 5, 'n_tokens': 5}
+    objective = [{'kind': 'entropy'}, {'kind': 'kl'}, {'kind': 'logit_difference', 'targets': ['(']}][number % 3]
+    request = {'prompt': prompt, 'objective': objective, 'k': 5, 'n_tokens': 5}
     match number % 4:
       case 1:
         request['ablations'] = [neuron()]
@@ -71,7 +72,7 @@ class _Clients:
         try:
           answer = client.post(f'/api/{path}', json=body)
         except httpx.TransportError as error:
-          if not self.done.is_set():  # else the server has ended, and this was asked too late
+          if not (self.done.is_set() and isinstance(error, httpx.ConnectError)):  # else the server has ended already
             self._count(wrong=f'{path}: {error!r}')
           return
         if answer.status_code == 200:
@@ -82,7 +83,7 @@ class _Clients:
           self._count(busy=1)
         elif answer.status_code == 503:
           self._count(full=1)
-          self.done.wait(float(answer.headers['retry-after']))
+          self.done.wait(float(answer.headers.get('retry-after', 1)))
         else:
           self._count(wrong=f'{path}: {answer.status_code} {answer.text}')
 
@@ -145,6 +146,8 @@ def main():
     code = server.wait(60)
   finally:
     server.kill()
+  if not seconds:
+    raise RuntimeError(f'no client was answered: {clients.wrong[:3]}')
   print(
     f'{args.clients} clients, {args.seconds:.0f} s: {n_answers} answers, {n_answers / args.seconds:.1f} a second (one '
     f'client alone: {1 / alone:.1f}); a client waits {statistics.median(seconds):.2f} s, of 100 one '

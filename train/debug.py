@@ -91,7 +91,9 @@ def measured_heads(debugged: subject.Subject, requests, found) -> np.ndarray:
       for layer, head in np.ndindex(effects_lh.shape):
         _stop_if_asked()
         ablation = schema.Ablation(kind='head', layer=layer, index=head, to=to)
-        held = interventions.held(debugged, [ablation], prepared.n_tokens, tuple(saes), {to: other}.__getitem__)
+        held = interventions.held(
+          debugged, [*request.ablations, ablation], prepared.n_tokens, tuple(saes), {to: other}.__getitem__
+        )
         lost = clean - engine.value(debugged, dataclasses.replace(prepared, held=held))
         effects_lh[layer, head] += lost / len(requests)
         bar.update()

@@ -303,19 +303,21 @@ def audit(
     ValueError: as `engine.debug`.
   """
   prepared = engine.prepare(subject, request.request)
-  asked = [engine.checked(subject, prepared, node) for node in request.request.nodes]
+  asked = list(dict.fromkeys(engine.checked(subject, prepared, node) for node in request.request.nodes))
   if wrong := [node for node in asked if node.kind not in ABLATABLE]:
     raise ValueError(f'{wrong[0].label} cannot be audited; {", ".join(ABLATABLE)} can')
   run = engine.run(subject, prepared)
   k = min(100, max(request.n, request.request.k))
-  listed = effects.find(subject, prepared.saes, run, k, True).nodes
-  nodes = list(dict.fromkeys([*asked, *(node for node in listed if node.kind in LISTED)]))
+  found = effects.find(subject, prepared.saes, run, k, True)
+  engine.check_finite(found.completeness.objective)
+  nodes = list(dict.fromkeys([*asked, *(node for node in found.nodes if node.kind in LISTED)]))
   described = effects.describe(subject.model, prepared.saes, run, nodes)
   order = np.argsort(-np.abs(described.total_effect), kind='stable')
   order = [i for i in order if i < len(asked)] + [i for i in order if i >= len(asked)]
   order = np.array(order[: max(request.n, len(asked))], int)
   nodes, estimated_n = [nodes[i] for i in order], described.total_effect[order]
-  acts_n = np.nan_to_num(described.activation[order], nan=1.0)  # of heads at a token and of layers: multiples
+  is_multiple = np.array([node.kind in ('head_token', 'layer') for node in nodes], bool)
+  acts_n = np.where(is_multiple, 1.0, described.activation[order])
   n_lots = 1 + request.steps
   told = lambda lot: lambda share, what: progress((lot + share) / n_lots, what)
   objective, zeroed_n, _ = measure(subject, prepared, run, nodes, np.zeros(len(nodes)), progress=told(0))

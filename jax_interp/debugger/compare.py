@@ -2,7 +2,7 @@
 
 import time
 
-from jax_interp.debugger import effects, engine, schema
+from jax_interp.debugger import effects, engine, objectives, schema
 from jax_interp.debugger.subject import Subject
 from jax_interp.explain import scores
 
@@ -74,10 +74,6 @@ def template(
     ValueError: the prompts have different numbers of tokens, different SAEs, or are asked different questions; and as
       `engine.debug`.
   """
-  alike = lambda one: (one.objective.kind, getattr(one.objective, 'token', None), one.trace)
-  for i, one in enumerate(request.requests):
-    if alike(one) != alike(request.requests[0]):
-      raise ValueError(f'prompt {i} has another kind or token of objective, or trace, than the first; ask one question')
   analyses = []
   for i, one in enumerate(request.requests):
     progress(0.8 * i / len(request.requests), f'prompt {i + 1} of {len(request.requests)}')
@@ -88,6 +84,8 @@ def template(
         f'prompt {i} has {last.n_tokens} tokens and the first {first.n_tokens}; nodes are matched by position, with '
         'the same SAEs'
       )
+    if _asked(first.question) != _asked(last.question):
+      raise ValueError(f'prompt {i} is asked about another node, token or kind of objective than the first')
   nodes = list(dict.fromkeys(node for analysis in analyses for node in analysis.nodes))
   progress(0.8, 'averaging')
   columns = [effects.describe(subject.model, analysis.prepared.saes, analysis.run, nodes) for analysis in analyses]
@@ -98,3 +96,9 @@ def template(
   return schema.TemplateResponse(
     request=request, objective=[float(analysis.run.objective) for analysis in analyses], nodes=nodes, **found
   )
+
+
+def _asked(question: objectives.Question) -> tuple:
+  """Returns what is the same in a question about other tokens of the vocabulary."""
+  names = ('kind', 'stream', 'layer', 'token', 'source', 'index')
+  return *(int(getattr(question, name)) for name in names), *question.through.tolist()

@@ -1,8 +1,8 @@
 """Edges between nodes, and attention logits as sums over pairs of nodes.
 
 An edge is a write read directly: the derivative of what a reader does along the write vector of a node upstream, times
-the derivative of the objective by what the reader does (debugger.md 2.6). Readers are neurons, latents, and heads at
-token pairs through their query, key or value.
+the derivative of the objective by what the reader does. Readers are neurons, latents, and heads at token pairs through
+their query, key or value; what a run holds reads nothing.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_interp.debugger import effects, engine, objectives, schema
+from jax_interp.debugger import effects, engine, interventions, objectives, schema
 from jax_interp.debugger.subject import Subject
 from models import sites
 
@@ -28,96 +28,104 @@ def _normed(norm, stream_td, frozen):
   return norm(stream_td[None], sites.Tap([sites.Edit('scale', _hold, (frozen,))]))
 
 
-def _patterns(block, stream_td, frozen, through):
-  """Returns attention [head, token, source] and values [source, head, channel], live through one input alone."""
-  held = lambda x, name: x[0] if name == through else jax.lax.stop_gradient(x[0])
-  qkv = block.attn.qkv(_normed(block.attn_ln, stream_td, frozen), jnp.arange(len(stream_td))[None])
-  q_thc, k_sgc, v_sgc = (held(x, name) for x, name in zip(qkv, 'qkv', strict=True))
-  per_head = lambda x_sgc: jnp.repeat(x_sgc, q_thc.shape[1] // x_sgc.shape[1], axis=1)
-  logits_hts = jnp.einsum('thc,shc->hts', q_thc, per_head(k_sgc)) * q_thc.shape[-1] ** -0.5
-  causal_ts = jnp.tri(len(stream_td), dtype=bool)
-  return jax.nn.softmax(jnp.where(causal_ts, logits_hts, -jnp.inf)), per_head(v_sgc)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['held', 'shifts', 'layer'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Edited:
+  """What a run changes in a layer: what readers do there is what they do in the run."""
+
+  held: interventions.Held
+  shifts: interventions.Shifts
+  layer: np.ndarray
+
+  def tap(self, capture: tuple[str, ...], frozen: tuple[str, ...] = ()) -> sites.Tap:
+    """Returns a tap of the layer; what is frozen is a constant to gradients."""
+    edits = [*interventions.shift_edits(self.shifts, self.layer), *map(sites.stop, frozen)]
+    return sites.Tap([*edits, *interventions.layer_edits(self.held, self.layer, {})], capture=capture)
 
 
-def _head_reads(block, stream_td, frozen, through, grads):
+def _head_reads(block, edited, stream_td, frozen, through, grads, held_th):
   """Returns each pair's activation times the derivative of the objective by it, a constant, [head, token, source].
 
-  Through values, what a pair moves is its activation; else its probability is.
+  Through values, what a pair moves is its activation, unless what its head reads is held; else its probability is.
   """
-  probs_hts, v_shc = _patterns(block, stream_td, frozen, through)
+  tap = edited.tap(('attn.qk_probs', 'attn.v'), tuple(f'attn.{name}' for name in 'qkv' if name != through))
+  block.attn(_normed(block.attn_ln, stream_td, frozen), tap.at('attn'))
+  probs_hts, v_sgc = tap.acts['attn.qk_probs'][0], tap.acts['attn.v'][0]
   if through == 'v':
-    grad_thc = jax.lax.stop_gradient(grads['v_out'].reshape(v_shc.shape))
+    v_shc = jnp.repeat(v_sgc, probs_hts.shape[0] // v_sgc.shape[1], axis=1)
+    grad_thc = jax.lax.stop_gradient(jnp.where(held_th[..., None], 0, grads['v_out']))
     return probs_hts * jnp.einsum('thc,shc->hts', grad_thc, v_shc)
   return probs_hts * jax.lax.stop_gradient(grads['qk_probs'])
 
 
-def _layer_grads(run, saes, layer):
-  """Returns the gradients of the objective in a layer by name; of what heads read, before the SAE there is."""
-  grads, site = effects.unbatched(effects.layer_acts(run, layer)[1])[0], f'h.{layer}.attn.v_out'
-  return grads | ({'v_out': run.grads[f'{site}.input'][0]} if site in saes else {})
-
-
-def _neuron_reads(block, stream_td, frozen, grads):
+def _neuron_reads(block, edited, stream_td, frozen, grads):
   """Returns each neuron's activation times the derivative of the objective by it, a constant, [token, neuron]."""
-  tap = sites.Tap(capture=('post_act',))
-  block.mlp(_normed(block.mlp_ln, stream_td, frozen), tap)
-  return tap.acts['post_act'][0] * jax.lax.stop_gradient(grads['post_act'])
+  tap = edited.tap(('mlp.post_act',))
+  block.mlp(_normed(block.mlp_ln, stream_td, frozen), tap.at('mlp'))
+  return tap.acts['mlp.post_act'][0] * jax.lax.stop_gradient(grads['post_act'])
 
 
-def _latent_reads(block, sae, name, stream_td, frozen, grads):
+def _latent_reads(block, edited, sae, name, number, stream_td, frozen, grads):
   """Returns each latent's activation times the derivative of the objective by it, a constant, [token, latent].
 
   Args:
     block: the SAE's layer.
+    edited: of the layer.
     sae: at a site of it.
     name: of the site within the layer.
+    number: of the SAE.
     stream_td: before attention or MLP, or at the site if that is on the residual stream.
     frozen: whether the scales of the norm and of the SAE's input are held.
     grads: of the SAE.
   """
-  tap = sites.Tap(capture=('v_out', 'post_act'))
-  if name in ('attn.v_out', 'resid.delta_attn'):
-    out = block.attn(_normed(block.attn_ln, stream_td, frozen), tap)
-    x = tap.acts['v_out'] if name == 'attn.v_out' else out
-  elif name in ('mlp.post_act', 'resid.delta_mlp'):
-    out = block.mlp(_normed(block.mlp_ln, stream_td, frozen), tap)
-    x = tap.acts['post_act'] if name == 'mlp.post_act' else out
-  else:
-    x = stream_td[None]
+  tap, x = edited.tap((name,)), stream_td[None]
+  for part in effects.PARTS:
+    if name.split('.', 1)[1] in effects.INNER[part]:
+      norm = getattr(block, f'{part}_ln')
+      delta_btd = getattr(block, part)(_normed(norm, stream_td, frozen), tap.at(part))
+      tap(f'resid.delta_{part}', delta_btd, 'batch token d_model')
+      x = tap.acts[name]
   x_tx = x[0].reshape(len(stream_td), -1)
   _, norm = sae.normalize(x_tx)
   preacts_tl = sae.preacts((x_tx - norm.mean) / _hold(norm.scale, None, frozen))
-  return jnp.where(sae.encode(x_tx)[0] > 0, preacts_tl, 0) * jax.lax.stop_gradient(grads['.latents'])
+  latents_tl = jnp.where(sae.encode(x_tx)[0] > 0, preacts_tl, 0)
+  tap = sites.Tap(interventions.latent_edits(edited.held, {name: number}))
+  latents_btl = tap(f'{name}.latents', latents_tl[None], 'batch token latent')
+  return latents_btl[0] * jax.lax.stop_gradient(grads['.latents'])
 
 
 @functools.partial(jax.jit, static_argnames='through')
-def _into_head(block, stream_td, grads, frozen, through, cell):
-  return jax.grad(lambda x: _head_reads(block, x, frozen, through, grads)[tuple(cell)])(stream_td)
+def _into_head(block, edited, stream_td, grads, held_th, frozen, through, cell):
+  reads = lambda x: _head_reads(block, edited, x, frozen, through, grads, held_th)
+  return jax.grad(lambda x: reads(x)[tuple(cell)])(stream_td)
 
 
 @jax.jit
-def _into_neuron(block, stream_td, grads, frozen, cell):
-  return jax.grad(lambda x: _neuron_reads(block, x, frozen, grads)[tuple(cell)])(stream_td)
+def _into_neuron(block, edited, stream_td, grads, frozen, cell):
+  return jax.grad(lambda x: _neuron_reads(block, edited, x, frozen, grads)[tuple(cell)])(stream_td)
 
 
-@functools.partial(jax.jit, static_argnames='name')
-def _into_latent(block, sae, name, stream_td, grads, frozen, cell):
-  return jax.grad(lambda x: _latent_reads(block, sae, name, x, frozen, grads)[tuple(cell)])(stream_td)
+@functools.partial(jax.jit, static_argnames=('name', 'number'))
+def _into_latent(block, edited, sae, name, number, stream_td, grads, frozen, cell):
+  reads = lambda x: _latent_reads(block, edited, sae, name, number, x, frozen, grads)
+  return jax.grad(lambda x: reads(x)[tuple(cell)])(stream_td)
 
 
 @functools.partial(jax.jit, static_argnames=('through', 'n'))
-def _out_to_heads(block, stream_td, write_td, grads, frozen, through, n):
-  return _top(jax.jvp(lambda x: _head_reads(block, x, frozen, through, grads), (stream_td,), (write_td,))[1], n)
+def _out_to_heads(block, edited, stream_td, write_td, grads, held_th, frozen, through, n):
+  reads = lambda x: _head_reads(block, edited, x, frozen, through, grads, held_th)
+  return _top(jax.jvp(reads, (stream_td,), (write_td,))[1], n)
 
 
 @functools.partial(jax.jit, static_argnames='n')
-def _out_to_neurons(block, stream_td, write_td, grads, frozen, n):
-  return _top(jax.jvp(lambda x: _neuron_reads(block, x, frozen, grads), (stream_td,), (write_td,))[1], n)
+def _out_to_neurons(block, edited, stream_td, write_td, grads, frozen, n):
+  reads = lambda x: _neuron_reads(block, edited, x, frozen, grads)
+  return _top(jax.jvp(reads, (stream_td,), (write_td,))[1], n)
 
 
-@functools.partial(jax.jit, static_argnames=('name', 'n'))
-def _out_to_latents(block, sae, name, stream_td, write_td, grads, frozen, n):
-  reads = lambda x: _latent_reads(block, sae, name, x, frozen, grads)
+@functools.partial(jax.jit, static_argnames=('name', 'number', 'n'))
+def _out_to_latents(block, edited, sae, name, number, stream_td, write_td, grads, frozen, n):
+  reads = lambda x: _latent_reads(block, edited, sae, name, number, x, frozen, grads)
   return _top(jax.jvp(reads, (stream_td,), (write_td,))[1], n)
 
 
@@ -170,20 +178,23 @@ def _into(subject, prepared, run, request):
   model, saes = subject.model, prepared.saes
   node = _reader(subject, prepared, request)
   frozen, traced_sae = np.bool_(request.frozen), -1
+  edited = _edited(prepared, node.layer if node.site is None else objectives.split_site(node.site)[0])
   if node.kind == 'head':
     stream, cell = 2 * node.layer, (node.index, node.token, node.source)
-    grads = _layer_grads(run, saes, node.layer)
-    grad_td = _into_head(model.h[node.layer], _stream(run, stream), grads, frozen, request.through, np.array(cell))
+    grads, held_th = effects.unbatched(effects.layer_acts(run, node.layer)[1])[0], run.held_heads[node.layer]
+    grad_td = _into_head(
+      model.h[node.layer], edited, _stream(run, stream), grads, held_th, frozen, request.through, np.array(cell)
+    )
   elif node.kind == 'neuron':
     stream, cell = 2 * node.layer + 1, (node.token, node.index)
-    grads = _layer_grads(run, saes, node.layer)
-    grad_td = _into_neuron(model.h[node.layer], _stream(run, stream), grads, frozen, np.array(cell))
+    grads = effects.unbatched(effects.layer_acts(run, node.layer)[1])[0]
+    grad_td = _into_neuron(model.h[node.layer], edited, _stream(run, stream), grads, frozen, np.array(cell))
   else:
     stream, cell = objectives.read_from(node.site), (node.token, node.index)
     layer, name = objectives.split_site(node.site)
     grads, traced_sae = effects.unbatched(effects.own_acts(run, node.site)[1])[0], list(saes).index(node.site)
-    block = model.h[layer or 0]
-    grad_td = _into_latent(block, saes[node.site], name, _before(run, node.site), grads, frozen, np.array(cell))
+    sae, x = saes[node.site], _before(run, node.site)
+    grad_td = _into_latent(model.h[layer or 0], edited, sae, name, traced_sae, x, grads, frozen, np.array(cell))
   local = dataclasses.replace(run, grad_td=grad_td, stream=jnp.asarray(stream), traced_sae=jnp.asarray(traced_sae))
   if request.from_node is None:
     found = effects.find(subject, saes, local, request.n, False, columns=('direct_effect',))
@@ -229,29 +240,37 @@ def _before(run, site):
   return run.acts[f'{site}.input'][0] if objectives.on_stream(site) else _stream(run, objectives.read_from(site))
 
 
+def _edited(prepared, layer) -> Edited:
+  return Edited(prepared.held, prepared.shifts, np.int32(layer or 0))
+
+
 def _out(subject, prepared, run, request, progress):
   model, saes = subject.model, prepared.saes
   node, frozen = _writer(subject, prepared, request), np.bool_(request.frozen)
+  if effects.is_lost(run, saes, node):
+    return []
   write_d = effects.describe(model, saes, run, [node]).write_nd[0]
   write_td = jnp.zeros_like(run.grad_td).at[node.token].set(write_d)
   begin, n, t = written(node, saes), effects.lot_of(request.n), run.grad_td.shape[0]
   n_head, n_neurons = model.config.n_head, model.config.n_neurons
   found = []
   for i, block in enumerate(model.h):
-    grads = _layer_grads(run, saes, i)
+    grads, edited = effects.unbatched(effects.layer_acts(run, i)[1])[0], _edited(prepared, i)
     if begin <= 2 * i:
       for through in 'qkv':
-        top = _out_to_heads(block, _stream(run, 2 * i), write_td, grads, frozen, through, n)
+        stream_td, held_th = _stream(run, 2 * i), run.held_heads[i]
+        top = _out_to_heads(block, edited, stream_td, write_td, grads, held_th, frozen, through, n)
         found.append((('head', i, through), (n_head, t, t), top))
     if begin <= 2 * i + 1:
-      top = _out_to_neurons(block, _stream(run, 2 * i + 1), write_td, grads, frozen, n)
+      top = _out_to_neurons(block, edited, _stream(run, 2 * i + 1), write_td, grads, frozen, n)
       found.append((('neuron', i, None), (t, n_neurons), top))
     progress((i + 1) / len(model.h), f'layer {i + 1} of {len(model.h)}')
   for site, sae in saes.items():
     if begin <= objectives.read_from(site) and site != node.site:
-      layer, name = objectives.split_site(site)
-      grads = effects.unbatched(effects.own_acts(run, site)[1])[0]
-      top = _out_to_latents(model.h[layer or 0], sae, name, _before(run, site), write_td, grads, frozen, n)
+      (layer, name), number = objectives.split_site(site), list(saes).index(site)
+      grads, edited = effects.unbatched(effects.own_acts(run, site)[1])[0], _edited(prepared, layer)
+      block, x = model.h[layer or 0], _before(run, site)
+      top = _out_to_latents(block, edited, sae, name, number, x, write_td, grads, frozen, n)
       found.append((('latent', site, None), (t, sae.n_latents), top))
   rows = []
   for (kind, where, through), shape, (indices, values) in jax.device_get(found):

@@ -102,7 +102,7 @@ def run(
   saes: Mapping,
   tokens_bt: Array,
   held: interventions.Held,
-  shifts: interventions.Shifts | None,
+  shifts: interventions.Shifts,
   question: Question,
   n_tokens,
 ) -> Run:
@@ -209,6 +209,16 @@ def writer(run: Run, saes: Mapping, site: str) -> Writer:
   return Writer(np.int32(writes_to(site)), np.int32(list(saes).index(site) if site in saes else -2), cut_t)
 
 
+def is_lost(run: Run, saes: Mapping, node: schema.Node) -> bool:
+  """Returns whether what a node writes is lost: its layer's attention or MLP, or what its head reads, is held."""
+  if node.kind in ('embedding', 'layer'):
+    return False
+  own, part = node.site in saes, 'attn' if node.kind.startswith('head') or node.site == 'attn' else 'mlp'
+  by = writer(run, saes if own else {}, node.site if own else f'h.{node.layer}.resid.delta_{part}')
+  held_head = node.kind == 'head' and np.asarray(run.held_heads[node.layer])[node.token, node.index]
+  return bool(np.asarray(by.cut_t)[node.token] or held_head)
+
+
 # Describing nodes
 
 
@@ -271,8 +281,8 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
   """Returns nodes in a run, in their order, on the host: on a device, each number of nodes would be compiled for.
 
   Write vectors: of a neuron activation times its row of the output matrix; of a head at a pair probability times value
-  through the output matrix; of a latent activation times its row of the decoder, undone by the SAE's norm
-  (debugger.md 0); of a head_total the sum over tokens.
+  through the output matrix; of a latent activation times its row of the decoder, in the scale of the SAE's input; of a
+  head_total the sum over tokens.
   """
   numbers, found = [], []
   for key, (mine, rows) in groups(nodes, tuple(saes)).items():
@@ -293,12 +303,17 @@ def describe(model, saes: Mapping, run: Run, nodes: Sequence[schema.Node]) -> De
 
 
 def layer_acts(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns activations and gradients of a layer, [1, ...] each, by the last part of their names."""
+  """Returns activations and gradients of a layer, [1, ...] each, by the last part of their names.
+
+  What heads read is that before an SAE that is spliced in there.
+  """
   prefix = f'h.{layer}.'
 
   def of(found):
     names = [site for site in found if site.startswith(prefix) and not site.endswith(sites.SPLICED)]
-    return {site.removeprefix(prefix).split('.', 1)[1]: found[site] for site in names if '_ln.' not in site}
+    mine = {site.removeprefix(prefix).split('.', 1)[1]: found[site] for site in names if '_ln.' not in site}
+    before_sae = found.get(f'{prefix}attn.v_out.input')
+    return mine if before_sae is None else mine | {'v_out': before_sae.reshape(mine['v_out'].shape)}
 
   return of(run.acts), of(run.grads)
 
@@ -491,8 +506,9 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   heads = neurons = None
   if with_heads:
     direct_hts = probs_hts * projected_hts * (reach['attn'] & ~held_th.T)[..., None]
-    heads = _extremes((probs_hts * norm(v_shc)[:, None], total_hts, direct_hts, probs_hts), causal_ts, k)
+    heads = _extremes((jnp.abs(probs_hts) * norm(v_shc)[:, None], total_hts, direct_hts, probs_hts), causal_ts, k)
   direct_ht = (v_out_thc * reads_thc).sum(-1).T * reach['attn']
+  by_head_ht = _head_totals(acts, grads, total_hts.sum(-1), held_th) * kept_t
   post_act_tn = acts['post_act'].astype(jnp.float32)
   total_tn = post_act_tn * grads['post_act'] * kept_t[:, None]
   neurons_direct = jnp.zeros(())
@@ -511,11 +527,11 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   return _Layer(
     heads,
     neurons,
-    jnp.stack([norm(v_out_thc), _head_totals(acts, grads, total_hts.sum(-1), held_th), direct_ht]) * kept_t,
+    jnp.stack([norm(v_out_thc) * kept_t, by_head_ht, direct_ht * kept_t]),
     jnp.array(parts),
     jnp.array(held),
     neurons_direct,
-    jnp.stack([total_hts.sum((0, 2)), total_hts.sum((0, 1)), total_tn.sum(1)]),
+    jnp.stack([by_head_ht.sum(0), total_hts.sum((0, 1)), total_tn.sum(1)]),
   )
 
 
@@ -559,7 +575,7 @@ def _find_in_sae(model, sae, size_l, site, acts, grads, run, writer, k) -> _Own:
   latents_tl = acts['.latents']
   direct_tl = latents_tl * jnp.einsum('tx,lx->tl', grad_tx, sae.decoder[...]) * scale_t1 * reach_t[:, None]
   total_tl = latents_tl * grads['.latents']
-  found = _extremes((latents_tl * size_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
+  found = _extremes((jnp.abs(latents_tl) * size_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
   constant_tx = jnp.broadcast_to(sae.constant(norm), acts['.error'].shape)
 
   def columns(x_tx):
@@ -605,7 +621,7 @@ class Found:
 def find(subject: Subject, saes: Mapping, run: Run, k: int, exact: bool, columns: Sequence[str] | None = None) -> Found:
   """Returns the nodes that are among the k largest or the k smallest of their kind in a column, and sums.
 
-  Nodes come in the order in which they are first met, by kind and then by the columns of RANKED (debugger.md 2.5). A
+  Nodes come in the order in which they are first met, by kind and then by the columns of RANKED. A
   node is among the largest only above zero, and among the smallest only below: what does nothing is in no table. Layers
   are reduced one after another, so that memory beyond the run itself is that of a layer. Heads and neurons that an SAE
   stands for are left out.

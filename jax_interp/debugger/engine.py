@@ -292,9 +292,14 @@ def analyse(subject: Subject, request: schema.Request) -> Analysis:
   found_run = run(subject, prepared)
   exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
   found = effects.find(subject, prepared.saes, found_run, request.k, exact)
-  if not np.isfinite(found.completeness.objective):
-    raise ValueError('the numbers of this run are not finite; hold activations at smaller values')
+  check_finite(found.completeness.objective)
   return Analysis(prepared, found_run, found, list(dict.fromkeys([*asked, *found.nodes])))
+
+
+def check_finite(objective: float):
+  """Raises ValueError unless the objective of a run is finite."""
+  if not np.isfinite(objective):
+    raise ValueError('the numbers of this run are not finite; hold activations at smaller values')
 
 
 def describe(
@@ -380,7 +385,7 @@ def _value_norms(block, v_sgc, head):
 def warm(subject: Subject, lengths: Sequence[int] = LENGTHS[:3], progress: Progress = silent):
   """Compiles what requests of prompts up to these many tokens need, ablated to numbers or not, traced or not.
 
-  Tables are of 10 a list. Continuations, and values of several other runs at once, are compiled when first asked for.
+  Tables are of 10 a list. Continuations, and values of many other runs or layers at once, are compiled when asked for.
   """
   lengths = sorted({min(length, subject.model.config.n_ctx) for length in lengths})
   saes = dict(sorted(subject.saes.items()))

@@ -17,6 +17,7 @@ from jax_interp.debugger.subject import Subject, check_index, check_sae
 from models import sites
 
 N_SLOTS = 16  # ablations of a run
+N_PLACES = 4  # activations of other runs that compile nothing, at sites whose activations are small
 # Sites whose cells can be held, and the axes (token, source, component) among theirs behind the batch.
 HOLDABLE = {
   'attn.qk_probs': (1, 2, 0),
@@ -45,8 +46,8 @@ class Held:
       sources and of components, the place of an activation of another run (-1: a constant), and 1 where the slot is
       used.
     values: float32 [slot]: constants.
-    others: {name of HOLDABLE but latents: [place, ...]}, activations of other runs, each of one layer; there is always
-      a place, so that the first that is asked for compiles nothing.
+    others: {name of HOLDABLE but latents: [place, ...]}, activations of other runs, each of one run and layer; there
+      are always some places, so that the first that are asked for compile nothing.
     latents: the same of each SAE, [place, token, latent].
   """
 
@@ -105,9 +106,10 @@ def held(
       place = list(mine).index((ablation.to, where))
     cells[slot] = [CODES[site], where, *np.ravel(ranges), place, 1]
 
-  def places(key, *shape):
+  def places(key, n_least, *shape):
     mine = list(found.get(key, {}).values())
-    x = np.zeros((1 << max(len(mine) - 1, 0).bit_length(), *shape), np.float32)  # few numbers are compiled
+    n = 1 << (max(len(mine), n_least) - 1).bit_length()  # few numbers are compiled
+    x = np.zeros((n, *shape), np.float32)
     for place, activation in enumerate(mine):
       x[place] = np.asarray(activation)[0]
     return x
@@ -116,8 +118,8 @@ def held(
   n_head, d_head, d = subject.model.h[0].attn.c_proj.kernel.shape
   shapes = {'attn.qk_probs': (n_head, t, t), 'attn.v_out': (t, n_head, d_head), 'mlp.post_act': (t, config.n_neurons)}
   shapes |= dict.fromkeys(('resid.post_emb', 'resid.delta_attn', 'resid.delta_mlp'), (t, d))
-  others = {name: places(name, *shape) for name, shape in shapes.items()}
-  latents = tuple(places(i, t, subject.saes[site].n_latents) for i, site in enumerate(sae_sites))
+  others = {name: places(name, 1 if name == 'attn.qk_probs' else N_PLACES, *shape) for name, shape in shapes.items()}
+  latents = tuple(places(i, 1, t, subject.saes[site].n_latents) for i, site in enumerate(sae_sites))
   return Held(cells, values, others, latents)
 
 
@@ -142,6 +144,17 @@ def check(subject: Subject, ablation: schema.Ablation, sae_sites: Sequence[str])
     check_index(ablation.index, sizes[ablation.kind], ablation.kind)
 
 
+def _inside(cell, layer_or_sae, token, component):
+  """Returns whether a cell that is used holds something of a layer or SAE at these tokens and components."""
+  inside = (cell[2] <= token) & (token < cell[3]) & (cell[6] <= component) & (component < cell[7])
+  return inside & (cell[1] == layer_or_sae) & (cell[9] == 1)
+
+
+def _is_whole_pattern(cell):
+  """Returns whether a cell holds all that heads attend to: what they read is then held no more."""
+  return (cell[0] == CODES['attn.qk_probs']) & (cell[5] == EVERYTHING)
+
+
 def _hold(x, tap, cells, values, layer_or_sae, others):
   name = next(name for name in HOLDABLE if tap.prefix.endswith(f'{name}.'))
   shape = tuple(tap.shape.values())[1:]
@@ -158,11 +171,8 @@ def _hold(x, tap, cells, values, layer_or_sae, others):
   def write(slot, mask_and_value):
     mask, value = mask_and_value
     cell = cells[slot]
-    inside = (cell[2] <= token) & (token < cell[3]) & (cell[4] <= source) & (source < cell[5])
-    inside &= (cell[6] <= component) & (component < cell[7]) & (cell[9] == 1) & (cell[1] == layer_or_sae)
-    freed = jnp.zeros((), bool)
-    if name == 'attn.v_out':  # what a head read is held no more where its whole pattern is held later
-      freed = inside & (cell[0] == CODES['attn.qk_probs']) & (cell[5] == EVERYTHING)
+    inside = _inside(cell, layer_or_sae, token, component) & (cell[4] <= source) & (source < cell[5])
+    freed = inside & _is_whole_pattern(cell) if name == 'attn.v_out' else jnp.zeros((), bool)
     inside &= cell[0] == CODES[name]
     inside &= (source <= token) if name == 'attn.qk_probs' else True  # what is attended to stays behind
     new = jnp.where(cell[8] < 0, values[slot], tap.here(others[jnp.maximum(cell[8], 0)][None])[0])
@@ -187,9 +197,8 @@ def held_heads(held: Held, layer: int, n_tokens: int, n_head: int) -> jax.Array:
   tokens_t1, heads_h, found_th = jnp.arange(n_tokens)[:, None], jnp.arange(n_head), jnp.zeros((n_tokens, n_head), bool)
   for slot in range(N_SLOTS):
     cell = jnp.asarray(held.cells)[slot]
-    inside_th = (cell[2] <= tokens_t1) & (tokens_t1 < cell[3]) & (cell[6] <= heads_h) & (heads_h < cell[7])
-    inside_th &= (cell[1] == layer) & (cell[9] == 1)
-    found_th &= ~(inside_th & (cell[0] == CODES['attn.qk_probs']) & (cell[5] == EVERYTHING))
+    inside_th = _inside(cell, layer, tokens_t1, heads_h)
+    found_th &= ~(inside_th & _is_whole_pattern(cell))
     found_th |= inside_th & (cell[0] == CODES['attn.v_out'])
   return found_th
 

@@ -122,7 +122,7 @@ def _attributions(model, sae, site, acts, tokens_n, indices_n):
 
 
 def attributed(model, saes: Mapping, run: effects.Run, nodes: Sequence[schema.Node]) -> dict[int, np.ndarray]:
-  """Returns {number of the node: [source]} of latents of attention output; debugger.md 1, row 8."""
+  """Returns {number of the node: [source]} of latents of attention output: what each source token adds to it."""
   found = {}
   for key, (numbers, rows) in effects.groups(nodes, tuple(saes)).items():
     if key in saes and key.endswith(('v_out', 'delta_attn')):
@@ -227,7 +227,7 @@ def lens(subject: Subject, request: schema.LensRequest, progress=None) -> schema
   """Returns the logit lens of a component: the tokens that an activation of 1 promotes, and those that excite it.
 
   The input side is of neurons and latents of MLPs, whose layer then reads each token's embedding alone, without a
-  position (debugger.md 1, rows 27 and 28). A latent's write is without the scale of its input's norm.
+  position. A latent's write is without the scale of its input's norm.
 
   Raises:
     ValueError: there is no such component.

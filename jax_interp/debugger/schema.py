@@ -325,7 +325,7 @@ class ByToken(Strict):
 
   embedding: list[float] = Field(description='Of the embedded token.')
   attention_to: list[float] = Field(description='Of heads, at the token that attends (query).')
-  attention_from: list[float] = Field(description='Of heads, at the token attended to (key).')
+  attention_from: list[float] = Field(description='Of pairs of heads, at the token attended to (key).')
   mlp: list[float] = Field(description='Of neurons, also where an SAE stands for them.')
   latents: list[float] = Field(description='Of the latents of all SAEs.')
 

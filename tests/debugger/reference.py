@@ -2,7 +2,7 @@
 
 `forward` is a pass of either family from its parameters in which any activation can be changed. A `Reference` is one
 question about one prompt: it measures effects by changing what a node gives by a part in a million, up and down, with
-only that held which the definitions (debugger.md 2.2 and 4) hold: the scale of the norm that the objective is read
+only that held which the definitions hold: the scale of the norm that the objective is read
 through, and for a trace what it does not go through. It knows nothing of the debugger but the schema.
 """
 

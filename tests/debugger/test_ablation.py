@@ -180,8 +180,8 @@ def _of(subject, tokens):
 @pytest.mark.parametrize('kind', list(KINDS))
 def test_the_value_of_another_prompt_is_taken_token_by_token(subject, kind):
   ablation, site, where = KINDS[kind]
-  donor = _of(subject, subject.encode(OTHER)[:T])[site][:1]
-  expected = _expected(subject, (site, where, donor[:, *where]))
+  other = _of(subject, subject.encode(OTHER)[:T])[site][:1]
+  expected = _expected(subject, (site, where, other[:, *where]))
   assert abs(expected - _expected(subject)) > 1e-4
   found = _objective(subject, _held(ablation, schema.OtherPrompt(prompt=OTHER)))
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
@@ -191,8 +191,8 @@ def test_the_value_of_another_prompt_is_taken_token_by_token(subject, kind):
 def test_the_mean_is_over_the_tokens_of_the_sample(subject, kind):
   ablation, site, where = KINDS[kind]
   mean = np.mean([_of(subject, window)[site][0].mean(0) for window in subject.sample_wt], 0)
-  donor = np.broadcast_to(mean, (T, *mean.shape))
-  expected = _expected(subject, (site, where, donor[*where]))
+  other = np.broadcast_to(mean, (T, *mean.shape))
+  expected = _expected(subject, (site, where, other[*where]))
   assert abs(expected - _expected(subject)) > 1e-4
   np.testing.assert_allclose(_objective(subject, _held(ablation, Mean())), expected, rtol=1e-5, atol=2e-6)
 
@@ -220,10 +220,10 @@ def test_columns_are_right_under_values_of_other_runs(subject, changes):
     ablation, site, where = KINDS[kind]
     if isinstance(to, Mean):
       mean = np.mean([_of(subject, window)[site][0].mean(0) for window in subject.sample_wt], 0)
-      donor = np.broadcast_to(mean, (T, *mean.shape))[*where]
+      other = np.broadcast_to(mean, (T, *mean.shape))[*where]
     else:
-      donor = _of(subject, subject.encode(OTHER)[:T])[site][0][*where]
-    cells.append((site, where, donor))
+      other = _of(subject, subject.encode(OTHER)[:T])[site][0][*where]
+    cells.append((site, where, other))
     ablations.append(_held(ablation, to))
   pairs = [schema.Node(kind='head', layer=1, index=index, token=4, source=1) for index in (2, 1)]
   objective = schema.LogitDifference(targets=['8'], distractors=['30'], token=4)
@@ -246,3 +246,20 @@ def test_the_later_of_a_head_s_pattern_and_its_reading_wins(subject):
   assert both == pytest.approx(_objective(subject, early, mean), abs=1e-6)
   assert abs(both - _objective(subject, mean)) > 1e-4
   assert abs(_objective(subject, off) - _objective(subject, whole_mean)) > 1e-4
+
+
+def test_only_norms_of_neurons_are_negative_with_tokens_listed_or_without(subject):
+  below = schema.Value(value=-3.0)
+  ablations = [
+    Ablation(kind='head', layer=1, index=2, to=below),
+    Ablation(kind='latent', site=DECODED, index=7, to=below),
+    Ablation(kind='neuron', layer=2, index=5, to=below),
+  ]
+  tables = [engine.debug(subject, subjects.request(ablations=ablations, k=4, n_tokens=n)).table for n in (0, 2)]
+  assert tables[0].nodes == tables[1].nodes
+  for name in reference.COLUMNS:
+    np.testing.assert_allclose(*(reference.column(table, name) for table in tables), rtol=1e-5, atol=1e-6)
+  below = {node.kind for node, norm in zip(tables[0].nodes, tables[0].write_norm, strict=True) if (norm or 0) < 0}
+  assert below == {'neuron'}
+  held = {node.kind for node, x in zip(tables[0].nodes, tables[0].activation, strict=True) if x == -3}
+  assert held == {'head', 'latent', 'neuron'}

@@ -159,12 +159,15 @@ def test_prompts_that_do_not_match_are_refused(subject):
   asked = [*requests([OTHER]), *requests([OTHER], saes=[])]
   with pytest.raises(ValueError, match='with the same SAEs'):
     compare.template(subject, schema.TemplateRequest(requests=asked))
-  trace = schema.Trace(node=schema.Node(kind='neuron', layer=1, index=3, token=4))
-  for changes in (
-    {'objective': schema.Entropy()},
-    {'objective': schema.LogitDifference(targets=['8'], token=-2)},
-    {'trace': trace},
-  ):
-    asked = [*requests([OTHER]), *requests([OTHER], **changes)]
-    with pytest.raises(ValueError, match='prompt 1 has another kind or token of objective, or trace, than the first'):
+  neuron = lambda index: schema.PreActivation(node=schema.Node(kind='neuron', layer=1, index=index, token=4))
+  for one, other in [
+    ({}, {'objective': schema.Entropy()}),
+    ({}, {'objective': schema.LogitDifference(targets=['8'], token=-2)}),
+    ({}, {'trace': schema.Trace(node=neuron(3).node)}),
+    ({'objective': neuron(3)}, {'objective': neuron(4)}),
+  ]:
+    asked = [*requests([OTHER], **one), *requests([OTHER], **other)]
+    with pytest.raises(ValueError, match='prompt 1 is asked about another node, token or kind of objective than the'):
       compare.template(subject, schema.TemplateRequest(requests=asked))
+  last = requests([OTHER], objective=schema.LogitDifference(targets=['9'], token=6))  # as -1
+  compare.template(subject, schema.TemplateRequest(requests=[*requests([OTHER]), *last]))

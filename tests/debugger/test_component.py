@@ -158,7 +158,14 @@ def test_a_plain_request_behind_the_start_compiles_nothing(warmed):
   held.append(schema.Ablation(kind='latent', site=WARM_SITES[0], to=schema.OtherPrompt(prompt='9 8 7 6 5 4 3')))
   cut = schema.EdgeAblation(node=schema.Node(kind='embedding', token=2), layer=2, head=1, into='k')
   changed = [{'ablations': [one]} for one in (ablation, *held)] + [{'edge_ablations': [cut]}, {'trace': trace}]
-  for changes in ({}, *changed, {'ablations': held[1:]}, {'objective': schema.KL(), 'prompt': '4 5 6'}):
+  both = [held[1], held[1].model_copy(update={'layer': 2})]  # another run's values in two layers
+  for changes in (
+    {},
+    *changed,
+    {'ablations': held[1:]},
+    {'ablations': both},
+    {'objective': schema.KL(), 'prompt': '4 5 6'},
+  ):
     with compiling(0):
       found = engine.debug(warmed, subjects.request(n_tokens=10, **changes))
     assert len(found.node_tokens) == len(found.table.nodes) > 30

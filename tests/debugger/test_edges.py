@@ -433,3 +433,63 @@ def test_what_is_no_edge_is_not_cut(change, message):
   ablation = {'node': schema.Node(kind='embedding', token=3), 'layer': 1, 'head': 1, 'into': 'k'} | change
   with pytest.raises(ValueError, match=message):
     value(subject, [schema.EdgeAblation(**ablation)])
+
+
+# Of runs that are edited
+
+
+def zero(subject, request, **asked) -> bool:
+  """Returns whether an edge between two nodes, or all into or out of one, are zero."""
+  return not np.any(found(subject, request, **asked).effects)
+
+
+def test_edges_are_those_of_the_edited_run(subject):
+  plain, embedding = subjects.request(saes=[]), schema.Node(kind='embedding', token=HEAD.token)
+  ablation = schema.EdgeAblation(node=embedding, layer=HEAD.layer, head=HEAD.index, into='q')
+  without_query = cut(reference.answer(subject, plain), [embedding], HEAD.layer, HEAD.index, 'q', {})
+  tri_ts = np.tri(subjects.N_TOKENS, dtype=bool)
+
+  def half(x):
+    x = x.copy()
+    x[:, HEAD.index] = np.where(tri_ts, 0.5, x[:, HEAD.index])
+    return x
+
+  pattern = schema.Ablation(kind='head', layer=HEAD.layer, index=HEAD.index, to=schema.Value(value=0.5))
+  writers = [schema.Node(kind='embedding', token=HEAD.source), EARLY.model_copy(update={'token': HEAD.source})]
+  for changes, held, throughs in [
+    ({'edge_ablations': [ablation]}, without_query, 'kv'),
+    ({'ablations': [pattern]}, {f'h.{HEAD.layer}.attn.qk_probs': half}, 'v'),
+  ]:
+    request = plain.model_copy(update=changes)
+    expected = reference.answer(subject, request, held)
+    for through in throughs:
+      for writer in writers:
+        wanted = expected_edges(expected, expected.write(writer)[None], HEAD, through)
+        assert abs(wanted[0]) > 1e-5
+        assert_edges(found(subject, request, from_node=writer, to_node=HEAD, through=through).effects, wanted)
+
+
+def test_what_is_held_reads_nothing(subject):
+  other = schema.OtherPrompt(prompt=' '.join(reversed(subjects.PROMPT.split())))
+  where = {'layer': HEAD.layer, 'index': HEAD.index}
+  pattern, reading = (
+    subjects.request(saes=[], ablations=[schema.Ablation(kind='head', to=to, **where)])
+    for to in (schema.Value(value=0.5), other)
+  )
+  assert all(zero(subject, pattern, to_node=HEAD, through=through) for through in 'qk')
+  assert all(zero(subject, reading, to_node=HEAD, through=through) for through in 'qkv')
+  assert not zero(subject, pattern, to_node=HEAD, through='v')
+  ablations = [schema.Ablation(kind='neuron', layer=2, index=index) for index in (NEURON.index, 3)]
+  assert zero(subject, subjects.request(saes=[], ablations=ablations[:1]), to_node=NEURON)
+  assert not zero(subject, subjects.request(saes=[], ablations=ablations[1:]), to_node=NEURON)
+  for latent in latents(reference.answer(subject, subjects.request())):
+    held = schema.Ablation(kind='latent', site=latent.site, index=latent.index)
+    assert zero(subject, subjects.request(ablations=[held]), to_node=latent)
+  # Nor has what is lost edges out of it.
+  pair = HEAD.model_copy(update={'layer': 1})
+  held_head = schema.Ablation(kind='head', layer=1, index=pair.index, to=other)
+  for writer, held in [(pair, held_head), (EARLY, schema.Ablation(kind='mlp', layer=1))]:
+    request = subjects.request(saes=[], ablations=[held])
+    assert zero(subject, request, from_node=writer)
+    assert zero(subject, request, from_node=writer, to_node=NEURON)
+    assert not zero(subject, subjects.request(saes=[]), from_node=writer)

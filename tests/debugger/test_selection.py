@@ -1,4 +1,4 @@
-"""Which nodes a table lists, against ranking every node there is; debugger.md 2.5 and 9.1."""
+"""Which nodes a table lists, against ranking every node there is."""
 
 import numpy as np
 import pytest
