@@ -424,7 +424,10 @@ class AuditResponse(Strict):
 
 
 class EdgesRequest(Strict):
-  """The edges into a node, out of it, or the one between two: through a write and a read, with nothing between."""
+  """The edges into a node, out of it, or the one between two: through a write and a read, with nothing between.
+
+  They are those of the run as it is edited: what is held reads nothing, and what is lost has no edges.
+  """
 
   request: Request
   from_node: Node | None = Field(None, description='An embedding, head, neuron, latent, error, bias or layer.')
