@@ -61,9 +61,8 @@ def rows_of(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> Rows:
 
 def _hold_rows(x, tap, rows, values_b, layer, code):
   """Sets one cell of each row that holds one here; where a cell is a vector, multiplies it."""
-  cells = {HEAD: (rows.index, rows.token, rows.source), ATTN: (rows.token,), MLP: (rows.token,)}
-  mine_b = (rows.code == code) & (rows.layer == layer)
-  cells = cells.get(code, (rows.token, rows.index))
+  places = {HEAD: (rows.index, rows.token, rows.source), ATTN: (rows.token,), MLP: (rows.token,)}
+  cells, mine_b = places.get(code, (rows.token, rows.index)), (rows.code == code) & (rows.layer == layer)
   cells = [jnp.where(mine_b, cell, x.shape[axis + 1]) for axis, cell in enumerate(cells)]  # else outside of the array
   at, values_b = x.at[jnp.arange(len(x)), *cells], values_b.astype(x.dtype)
   if x.ndim > 1 + len(cells):
@@ -302,16 +301,14 @@ def audit(
   Raises:
     ValueError: as `engine.debug`.
   """
-  prepared = engine.prepare(subject, request.request)
-  asked = list(dict.fromkeys(engine.checked(subject, prepared, node) for node in request.request.nodes))
-  if wrong := [node for node in asked if node.kind not in ABLATABLE]:
+  if wrong := [node for node in request.request.nodes if node.kind not in ABLATABLE]:
     raise ValueError(f'{wrong[0].label} cannot be audited; {", ".join(ABLATABLE)} can')
-  run = engine.run(subject, prepared)
   k = min(100, max(request.n, request.request.k))
-  found = effects.find(subject, prepared.saes, run, k, True)
-  engine.check_finite(found.completeness.objective)
-  nodes = list(dict.fromkeys([*asked, *(node for node in found.nodes if node.kind in LISTED)]))
-  described = effects.describe(subject.model, prepared.saes, run, nodes)
+  analysis = engine.analyse(subject, request.request.model_copy(update={'k': k}))
+  prepared, run = analysis.prepared, analysis.run
+  asked = {engine.checked(subject, prepared, node) for node in request.request.nodes}
+  nodes = [node for node in analysis.nodes if node in asked or node.kind in LISTED]
+  described = engine.describe(subject, analysis, nodes)
   order = np.argsort(-np.abs(described.total_effect), kind='stable')
   order = [i for i in order if i < len(asked)] + [i for i in order if i >= len(asked)]
   order = np.array(order[: max(request.n, len(asked))], int)

@@ -491,7 +491,18 @@ class _Layer:
 
 @functools.partial(jax.jit, static_argnames=('k', 'with_heads', 'with_neurons'))
 def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_heads, with_neurons) -> _Layer:
-  """Returns the extremes of one layer's heads and neurons, and sums over them; see `_of_layer` for the arguments."""
+  """Returns the extremes of one layer's heads and neurons, and sums over them.
+
+  Args:
+    kernels: {'attn', 'mlp'}: the output matrices.
+    sizes: of the layer's heads and neurons, see `subject.WriteSizes`.
+    acts, grads: of `layer_acts`.
+    run: of `bare`.
+    writers: {'attn', 'mlp'}.
+    held_th: where what a head reads is held.
+    k: how many are sought at each end.
+    with_heads, with_neurons: whether they are; not where an SAE stands for them.
+  """
   acts, grads = unbatched(acts, grads)
   reach = {part: writers[part].reaches(run) for part in PARTS}
   kept_t = jnp.arange(run.grad_td.shape[0]) < run.n_tokens
@@ -523,7 +534,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
     cut_t = writers[part].cut_t
     whole = _summed(delta_td, grad_td, run, kept_t, True, writers[part].is_upstream(run))
     parts.append((whole, _summed(bias_td, grad_td, run, kept_t, ~cut_t, reach[part])))
-    held.append((whole[2] * cut_t).sum())
+    held.append((whole[SUMMED.index('direct_effect')] * cut_t).sum())
   return _Layer(
     heads,
     neurons,
@@ -621,10 +632,10 @@ class Found:
 def find(subject: Subject, saes: Mapping, run: Run, k: int, exact: bool, columns: Sequence[str] | None = None) -> Found:
   """Returns the nodes that are among the k largest or the k smallest of their kind in a column, and sums.
 
-  Nodes come in the order in which they are first met, by kind and then by the columns of RANKED. A
-  node is among the largest only above zero, and among the smallest only below: what does nothing is in no table. Layers
-  are reduced one after another, so that memory beyond the run itself is that of a layer. Heads and neurons that an SAE
-  stands for are left out.
+  Nodes come in the order in which they are first met, by kind and then by the columns of RANKED. A node is among the
+  largest only above zero, and among the smallest only below: what does nothing is in no table. Layers are reduced one
+  after another, so that memory beyond the run itself is that of a layer. Heads and neurons that an SAE stands for are
+  left out.
 
   Args:
     subject: of the run.
@@ -672,7 +683,7 @@ def find(subject: Subject, saes: Mapping, run: Run, k: int, exact: bool, columns
     rows |= {_small_node(kind, *key): row for key, row in _rank(kind, mine, k, n_tokens, columns).items()}
   by_token = sum(layer.by_token for layer in layers)[:, :n_tokens].tolist()
   by_token = dict(zip(('attention_to', 'attention_from', 'mlp'), by_token, strict=True))
-  by_token['embedding'] = embedding[1, :n_tokens].tolist()
+  by_token['embedding'] = embedding[SUMMED.index('total_effect'), :n_tokens].tolist()
   by_token['latents'] = sum((own[site].by_token for site in saes), np.zeros(len(run.grad_td)))[:n_tokens].tolist()
   traced_site = None if traced < 0 else sae_sites[traced]
   sums = _sums(layers, own, embedding, int(stream), [site for site in sae_sites if site != traced_site])

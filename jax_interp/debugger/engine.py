@@ -292,14 +292,9 @@ def analyse(subject: Subject, request: schema.Request) -> Analysis:
   found_run = run(subject, prepared)
   exact = objectives.is_linear(prepared.question, tuple(prepared.saes))
   found = effects.find(subject, prepared.saes, found_run, request.k, exact)
-  check_finite(found.completeness.objective)
-  return Analysis(prepared, found_run, found, list(dict.fromkeys([*asked, *found.nodes])))
-
-
-def check_finite(objective: float):
-  """Raises ValueError unless the objective of a run is finite."""
-  if not np.isfinite(objective):
+  if not np.isfinite(found.completeness.objective):
     raise ValueError('the numbers of this run are not finite; hold activations at smaller values')
+  return Analysis(prepared, found_run, found, list(dict.fromkeys([*asked, *found.nodes])))
 
 
 def describe(

@@ -110,7 +110,7 @@ class Subject:
 
   @functools.cached_property
   def write_sizes(self) -> WriteSizes:
-    """Computed when first asked for."""
+    """How large writes are, of all layers and SAEs; computed when first asked for."""
     return _write_sizes(self.model, dict(self.saes))
 
   def encode(self, prompt: str) -> list[int]:

@@ -164,6 +164,7 @@ def test_nodes_that_are_asked_for_come_first_whatever_they_do(subject):
   assert len(found.nodes) == 7
   row = found.nodes.index(off)
   assert (found.estimated[row], found.measured[row], found.ratio[row]) == (0, 0, None)
+  assert audited(subject, n=1, nodes=[off, off]).nodes == [off]
   assert len(audited(subject, n=1, nodes=some_nodes(subject)).nodes) == len(some_nodes(subject))
 
 

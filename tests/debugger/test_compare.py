@@ -47,6 +47,7 @@ def assert_compares(found: schema.CompareResponse, left: schema.Response, right:
     assert side.objective == pytest.approx(alone.objective, abs=1e-6)
     assert side.completeness == alone.completeness
     rows = [nodes.index(node) for node in alone.table.nodes]
+    # Rounding: columns of the nodes of both sides are worked out node by node, those of one table with their search.
     np.testing.assert_allclose(columns(side.table)[:, rows], columns(alone.table), rtol=1e-5, atol=1e-6)
   difference = columns(found.left.table) - columns(found.right.table)
   np.testing.assert_allclose(columns(found.difference), difference, atol=1e-7)
