@@ -22,11 +22,11 @@ RECIPES = ('topk', 'multi_topk')
 SOURCES = ('store', 'live')
 
 
-def _objective(settings) -> losses.Objective:
+def _objective(settings) -> losses.TopK:
   levels = ((settings.k, 1.0),)
   if settings.recipe == 'multi_topk':
     levels += ((min(MULTI_TOPK_RATIO * settings.k, settings.n_latents), MULTI_TOPK_WEIGHT),)
-  return losses.Objective(levels, settings.auxk, settings.auxk_coef, settings.dead_tokens)
+  return losses.TopK(levels, settings.auxk, settings.auxk_coef, settings.dead_tokens)
 
 
 def _reader(config, workdir):

@@ -7,6 +7,7 @@ latent].
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ AUXK_BUCKET_RATIO = 8  # every bucket is compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-  """The loss: the sum over levels of weight * normalized MSE(k), plus auxk_coef * AuxK (Gao et al. 2024).
+class TopK:
+  """A recipe: the loss is the sum over levels of weight * normalized MSE(k), plus auxk_coef * AuxK (Gao et al. 2024).
 
   Attributes:
     levels: pairs of k and weight, the SAE's own k first: ((k, 1),) is TopK, ((k, 1), (4 * k, 1 / 8)) is Multi-TopK.
@@ -35,6 +36,29 @@ class Objective:
   auxk: int
   auxk_coef: float = 1 / 32
   dead_tokens: int = 10_000_000
+  unit_norm: ClassVar[bool] = True
+
+  def loss_and_grads(
+    self,
+    sae: SparseAutoencoder,
+    x_bd: jax.Array,
+    target_bd: jax.Array,
+    tokens_since_fired_l: jax.Array,
+    mse_scale: jax.Array,
+    step: jax.Array,
+  ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
+    """Returns metrics, the dead clock after this batch, and the gradients of the loss.
+
+    Args:
+      sae: parameters; its own `k` is not used, the levels are.
+      x_bd: normalised activations.
+      target_bd: what is reconstructed: x_bd, or a transcoder's targets times its output_scale.
+      tokens_since_fired_l: int32, tokens since each latent was last positive. A latent fires at any value above 0:
+        OpenAI's threshold of 1e-3 depends on the input's scale, and the normalisations differ by sqrt(d - 1).
+      mse_scale: 1 / `variance` of a sample, frozen.
+      step: not used.
+    """
+    return _loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale)
 
 
 def partition_specs(tree):
@@ -97,23 +121,11 @@ def _auxk(params, centred_bd, error_bd, dead_l, auxk):
   return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), n_dead), branches)
 
 
-def loss_and_grads(
-  sae: SparseAutoencoder, x_bd: jax.Array, tokens_since_fired_l: jax.Array, mse_scale: jax.Array, objective: Objective
-) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
-  """Returns metrics, the dead clock after this batch, and the gradients of the loss.
-
-  Args:
-    sae: parameters; its own `k` is not used, the levels of the objective are.
-    x_bd: normalised activations.
-    tokens_since_fired_l: int32, tokens since each latent was last positive. A latent fires at any value above 0:
-      OpenAI's threshold of 1e-3 depends on the input's scale, and the normalisations differ by sqrt(d - 1).
-    mse_scale: 1 / `variance` of a sample, frozen.
-    objective: static.
-  """
+def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale):
   specs = partition_specs(sae)
-  ks = tuple(k for k, _ in objective.levels)
+  ks = tuple(k for k, _ in recipe.levels)
 
-  def loss(sae, x_bd, tokens_since_fired_l, mse_scale):
+  def loss(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale):
     # What meets the batch is marked as varying over it, so that its gradient is summed over `data` once, at the end.
     encoder_ld, decoder_ld, latent_bias_l = (
       jax.lax.pcast(p[...], 'data', to='varying') for p in (sae.encoder, sae.decoder, sae.latent_bias)
@@ -127,7 +139,7 @@ def loss_and_grads(
     losses, errors = [], []
     for mask_bk in masks:
       local_bd = weighted_sum(jnp.where(mask_bk, values_bk, 0), decoder_ld, indices_bk)
-      errors.append(x_bd - (jax.lax.psum(local_bd, 'model') + pre_bias_d))
+      errors.append(target_bd - (jax.lax.psum(local_bd, 'model') + pre_bias_d))
       losses.append(mse_scale * _mse(errors[-1]))
 
     fired_bk = masks[0] & (values_bk > 0)
@@ -136,25 +148,25 @@ def loss_and_grads(
     fired_l = jax.lax.pmax(jnp.zeros(len(encoder_ld), jnp.int32).at[indices_bk].max(fired_bk.astype(jnp.int32)), 'data')
     # The clock stops long before int32 overflows.
     tokens_since_fired_l = jnp.where(fired_l > 0, 0, jnp.minimum(tokens_since_fired_l, 2**30) + n_tokens)
-    dead_l = tokens_since_fired_l > objective.dead_tokens
+    dead_l = tokens_since_fired_l > recipe.dead_tokens
 
     auxk = jnp.zeros(())
-    if objective.auxk:
+    if recipe.auxk:
       params = encoder_ld, decoder_ld, pre_bias_d, latent_bias_l
-      auxk = _auxk(params, centred_bd, jax.lax.stop_gradient(errors[0]), dead_l, objective.auxk)
-    total = sum(weight * x for (_, weight), x in zip(objective.levels, losses, strict=True))
-    total += objective.auxk_coef * auxk
+      auxk = _auxk(params, centred_bd, jax.lax.stop_gradient(errors[0]), dead_l, recipe.auxk)
+    total = sum(weight * x for (_, weight), x in zip(recipe.levels, losses, strict=True))
+    total += recipe.auxk_coef * auxk
     n_dead = jax.lax.psum(dead_l.sum(), 'model')
     metrics = {'loss': total, 'auxk': auxk, 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
     return total, (metrics, tokens_since_fired_l)
 
   @functools.partial(
     jax.shard_map,
-    in_specs=(specs, P('data', None), P('model'), P()),
+    in_specs=(specs, P('data', None), P('data', None), P('model'), P()),
     out_specs=(P(), P('model'), specs),
   )
   def run(*args):
     (_, (metrics, tokens_since_fired_l)), grads = jax.value_and_grad(loss, has_aux=True)(*args)
     return metrics, tokens_since_fired_l, grads
 
-  return run(sae, x_bd, tokens_since_fired_l, mse_scale)
+  return run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale)

@@ -7,15 +7,49 @@ norm; here it never is.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jax_interp.sae.losses import Objective, loss_and_grads, partition_specs, variance
-from models.sae import SparseAutoencoder, normalize, unit_rows
+from jax_interp.sae.losses import partition_specs, variance
+from models.sae import SparseAutoencoder, unit_rows
+
+THRESHOLD_DECAY = 0.999  # of the average of a recipe's threshold; until 1 / (1 - decay) steps, the plain mean
+
+
+class Recipe(Protocol):
+  """What is minimised, and how: a frozen dataclass, static to `train_steps`; `losses.TopK` is one.
+
+  Attributes:
+    unit_norm: the decoder's rows are kept at norm 1, and its gradient loses its component along each row.
+  """
+
+  unit_norm: bool
+
+  def loss_and_grads(
+    self,
+    sae: SparseAutoencoder,
+    x_bd: jax.Array,
+    target_bd: jax.Array,
+    tokens_since_fired_l: jax.Array,
+    mse_scale: jax.Array,
+    step: jax.Array,
+  ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
+    """Returns metrics (scalars: loss, normalized_mse, l0, dead and more), the dead clock, and the gradients.
+
+    A metric called 'threshold' is averaged over the steps into `TrainState.threshold`.
+
+    Args:
+      sae: parameters.
+      x_bd: normalised activations.
+      target_bd: what is reconstructed: x_bd, or a transcoder's targets times its output_scale.
+      tokens_since_fired_l: int32, tokens since each latent last fired.
+      mse_scale: 1 / the variance of a sample of targets, frozen.
+      step: steps made before this one.
+    """
 
 
 class TrainState(NamedTuple):
@@ -27,6 +61,7 @@ class TrainState(NamedTuple):
   tokens_since_fired_l: jax.Array
   mse_scale: jax.Array
   step: jax.Array
+  threshold: jax.Array  # the average of the recipe's, 0 where it has none
 
 
 @functools.cache  # it is static to `train_steps`: equal settings must be the same object, or that compiles again
@@ -39,24 +74,38 @@ def adam(
 
 
 def init_state(
-  sae: SparseAutoencoder, sample_bd: jax.Array, tx: optax.GradientTransformation, ema: float = 0
+  sae: SparseAutoencoder,
+  sample_bd: jax.Array,
+  tx: optax.GradientTransformation,
+  ema: float = 0,
+  target_sample_bd: jax.Array | None = None,
 ) -> TrainState:
-  """Returns the state at step 0; the sample fixes mse_scale = 1 / its variance, in the SAE's normalisation."""
+  """Returns the state at step 0; the sample fixes mse_scale = 1 / its variance, in the SAE's normalisation.
+
+  A transcoder's is that of its targets, times its output_scale.
+  """
 
   @jax.jit
-  def init(sae, sample_bd):
+  def init(sae, sample_bd, target_sample_bd):
+    _, sample_target_bd = _normalized(sae, sample_bd, target_sample_bd)
     return _constrain(
       TrainState(
         sae=sae,
         opt=tx.init(sae),
         ema=jax.tree.map(jnp.zeros_like, sae) if ema else None,
         tokens_since_fired_l=jnp.zeros(sae.n_latents, jnp.int32),
-        mse_scale=1 / variance(normalize(sample_bd, sae.normalization)[0]),
+        mse_scale=1 / variance(sample_target_bd),
         step=jnp.zeros((), jnp.int32),
+        threshold=jnp.zeros(()),
       )
     )
 
-  return init(sae, jnp.asarray(sample_bd))
+  return init(sae, sample_bd, target_sample_bd)
+
+
+def _normalized(sae, acts_bd, targets_bd):
+  x_bd, _ = sae.normalize(acts_bd)
+  return x_bd, x_bd if targets_bd is None else targets_bd.astype(jnp.float32) * sae.output_scale
 
 
 def _constrain(state):
@@ -66,11 +115,17 @@ def _constrain(state):
 
 @functools.partial(jax.jit, static_argnames=('tx', 'objective', 'ema'), donate_argnames='state')
 def train_steps(
-  state: TrainState, acts_sbd: jax.Array, tx: optax.GradientTransformation, objective: Objective, ema: float = 0
+  state: TrainState,
+  acts_sbd: jax.Array,
+  tx: optax.GradientTransformation,
+  objective: Recipe,
+  ema: float = 0,
+  targets_sbd: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after one step on each batch of acts_sbd [step, batch, d], and the metrics of every step.
 
-  Several steps in one call save the allocation of every intermediate array: on a CPU up to twice as fast as one.
+  To the recipe's metrics it adds grad_norm, the global norm of the gradients before any clip. Several steps in one call
+  save the allocation of every intermediate array: on a CPU up to twice as fast as one.
   Runs are bit-identical on a CPU or TPU; a GPU adds to the gradients' rows in any order unless
   XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
@@ -80,29 +135,40 @@ def train_steps(
     tx: from `adam`.
     objective: what is minimised.
     ema: the decay of the average of the weights, 0 for none; as given to `init_state`.
+    targets_sbd: what is reconstructed instead of acts_sbd, by a transcoder.
   """
+  on_data = lambda x_bd: x_bd if x_bd is None else jax.lax.with_sharding_constraint(x_bd, P('data', None))
 
-  def step(state, acts_bd):
-    x_bd, _ = state.sae.normalize(jax.lax.with_sharding_constraint(acts_bd, P('data', None)))
-    metrics, tokens_since_fired_l, grads = loss_and_grads(
-      state.sae, x_bd, state.tokens_since_fired_l, state.mse_scale, objective
+  def step(state, batch):
+    acts_bd, targets_bd = batch
+    x_bd, target_bd = _normalized(state.sae, on_data(acts_bd), on_data(targets_bd))
+    metrics, tokens_since_fired_l, grads = objective.loss_and_grads(
+      state.sae, x_bd, target_bd, state.tokens_since_fired_l, state.mse_scale, state.step
     )
-    decoder_ld = state.sae.decoder[...]
-    along_l1 = jnp.sum(grads.decoder[...] * decoder_ld, axis=1, keepdims=True)
-    grads.decoder[...] -= along_l1 * decoder_ld
+    if objective.unit_norm:
+      decoder_ld = state.sae.decoder[...]
+      along_l1 = jnp.sum(grads.decoder[...] * decoder_ld, axis=1, keepdims=True)
+      grads.decoder[...] -= along_l1 * decoder_ld
+    metrics['grad_norm'] = optax.tree.norm(grads)
     updates, opt = tx.update(grads, state.opt, state.sae)
     sae = optax.apply_updates(state.sae, updates)
-    sae.decoder[...] = unit_rows(sae.decoder[...])
+    if objective.unit_norm:
+      sae.decoder[...] = unit_rows(sae.decoder[...])
     average = state.ema and jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.ema, sae)
-    return _constrain(TrainState(sae, opt, average, tokens_since_fired_l, state.mse_scale, state.step + 1)), metrics
+    threshold = state.threshold
+    if 'threshold' in metrics:
+      threshold += (metrics['threshold'] - threshold) * jnp.maximum(1 - THRESHOLD_DECAY, 1 / (state.step + 1))
+    state = TrainState(sae, opt, average, tokens_since_fired_l, state.mse_scale, state.step + 1, threshold)
+    return _constrain(state), metrics
 
-  return jax.lax.scan(step, state, acts_sbd)
+  return jax.lax.scan(step, state, (acts_sbd, targets_sbd))
 
 
-def trained_sae(state: TrainState, ema: float = 0) -> SparseAutoencoder:
-  """Returns the SAE to keep: the weights, or their average, corrected for its start and its decoder at unit norm."""
+def trained_sae(state: TrainState, ema: float = 0, unit_norm: bool = True) -> SparseAutoencoder:
+  """Returns the SAE to keep: the weights, or their average, corrected for its start and, if asked, at unit norm."""
   if not ema:
     return state.sae
   sae = jax.tree.map(lambda x: x / (1 - ema**state.step), state.ema)
-  sae.decoder[...] = unit_rows(sae.decoder[...])
+  if unit_norm:
+    sae.decoder[...] = unit_rows(sae.decoder[...])
   return sae

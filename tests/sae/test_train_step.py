@@ -11,7 +11,7 @@ from jax_interp.sae import losses, train_step
 from models import sae, sharding
 
 S, B, D, L, K = 3, 64, 24, 512, 4
-OBJECTIVE = losses.Objective(((K, 1.0), (4 * K, 1 / 8)), auxk=64, dead_tokens=2 * B)
+OBJECTIVE = losses.TopK(((K, 1.0), (4 * K, 1 / 8)), auxk=64, dead_tokens=2 * B)
 EMA = 0.9
 
 
@@ -68,7 +68,7 @@ def test_new_values_do_not_retrace_and_the_state_stays_where_it_is():
 def test_no_collective_moves_pre_activations_and_nothing_is_sorted():
   tx = train_step.adam(1e-3, warmup_steps=2)
   with jax.set_mesh(sharding.make_mesh(2, 2)):
-    objective = losses.Objective(OBJECTIVE.levels, auxk=0)
+    objective = losses.TopK(OBJECTIVE.levels, auxk=0)
     hlo = train_step.train_steps.lower(start(tx), activations(1), tx, objective, EMA).compile().as_text()
   assert ' sort(' not in hlo
   lines = [line for line in hlo.splitlines() if re.search(r' (all-\w+|collective-permute|reduce-scatter)\(', line)]
@@ -84,7 +84,7 @@ def test_the_decoder_keeps_unit_norm_and_its_update_is_across_its_rows(mesh):
   tx = optax.sgd(learning_rate)
   state = start(tx, ema=0)
   before = weights(state.sae)['decoder']
-  state, _ = train_step.train_steps(state, activations(1, 1), tx, losses.Objective(((K, 1.0),), auxk=0))
+  state, _ = train_step.train_steps(state, activations(1, 1), tx, losses.TopK(((K, 1.0),), auxk=0))
   after = weights(state.sae)['decoder']
   np.testing.assert_allclose(np.linalg.norm(after, axis=1), 1, rtol=1e-6)
   change = after - before

@@ -114,7 +114,7 @@ def test_training_leaves_an_sae_and_its_curve_and_is_not_repeated(mesh, activati
   train_sae.run(config, activations)
   lines = metrics(activations)
   assert [line['step'] for line in lines] == list(range(2, 41, 2))
-  assert set(lines[0]) == {'step', 'loss', 'auxk', 'normalized_mse', 'l0', 'dead', 'tokens_per_s'}
+  assert set(lines[0]) == {'step', 'loss', 'auxk', 'normalized_mse', 'l0', 'dead', 'grad_norm', 'tokens_per_s'}
   assert lines[-1]['normalized_mse'] < 0.8 * lines[0]['normalized_mse']
   assert lines[-1]['l0'] == 4
   assert max(line['dead'] for line in lines) > 0
