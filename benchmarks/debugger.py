@@ -58,7 +58,7 @@ def _ours(folder, length):
   import numpy as np
 
   from jax_interp.debugger import audit, engine, schema, subject
-  from models import pretrained, sae, sharding
+  from models import activation_functions, pretrained, sae, sharding
 
   class Ids:
     """Texts are numbers of tokens."""
@@ -72,7 +72,9 @@ def _ours(folder, length):
   jax.set_mesh(sharding.make_mesh())
   model, decoder_ld = pretrained.load_model(folder), _sae_arrays()
   zeros = np.zeros
-  dictionary = sae.SparseAutoencoder(decoder_ld, decoder_ld, zeros(768, 'f'), zeros(N_LATENTS, 'f'), SAE_K)
+  dictionary = sae.SparseAutoencoder(
+    decoder_ld, decoder_ld, zeros(768, 'f'), zeros(N_LATENTS, 'f'), activation_functions.TopK(SAE_K)
+  )
   subjects = {
     name: subject.Subject(model, Ids(), saes)
     for name, saes in {'plain': {}, 'sae': {f'h.{SAE_LAYER}.resid.delta_mlp': dictionary}}.items()

@@ -1,4 +1,4 @@
-"""The TopK sparse autoencoder (Gao et al. 2024): activations to k active latents and back, and its folder on disk.
+"""The sparse autoencoder and transcoder: activations to a few active latents and back, and its folder on disk.
 
 A plain pytree of float32 parameters on the ambient mesh, both matrices stored [latent, d] with latents over `model`.
 Inputs are normalised on the way in and the normalisation is undone on the way out, so callers see only activations as
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,100 +19,162 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from models import sharding
-from models.topk import topk_mask
+from models import activation_functions, sharding
+from models.activation_functions import TopK
 
-NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm')
+NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', 'constant')
 NORM_EPS = 1e-5
 MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-8  # the latter, in the units of x, lets the iteration pass through a data point
 PARAMETERS = ('encoder', 'decoder', 'pre_bias', 'latent_bias')
 
 
 class InputNorm(NamedTuple):
-  """What `encode` took away from an input and `decode` gives back: x = normed * scale + mean."""
+  """What `encode` took away from an input and `decode` gives back: recons = normalised recons * scale + mean."""
 
   mean: jax.Array
   scale: jax.Array
 
 
 class SparseAutoencoder(nnx.Module):
-  """latents = relu(top_k(encoder (x - pre_bias) + latent_bias)); recons = latents decoder + pre_bias, for normalised x.
+  """latents = activation(encoder (x - pre_bias), latent_bias); recons = latents decoder + pre_bias, for normalised x.
+
+  With an `out_bias` it is a transcoder: what it reconstructs is another site's activation, of its own width and scale,
+  as latents decoder + out_bias, plus skip (x - pre_bias) where there is a skip connection (Paulo et al. 2025).
 
   Args:
     encoder: [l, d].
-    decoder: [l, d], rows of unit norm.
+    decoder: [l, d], or [l, d_out] of a transcoder.
     pre_bias: [d].
     latent_bias: [l].
-    k: latents that stay on; exactly k are selected, fewer are positive where pre-activations are not.
+    activation: of `models.activation_functions`; `TopK(k)` selects exactly k latents, of which fewer are positive where
+      pre-activations are not.
     normalization: 'none'; 'layer_norm_std': minus the mean over d, divided by the standard deviation (of d - 1 degrees
       of freedom) + 1e-5, as for OpenAI's released GPT-2 SAEs; 'unit_norm': minus the mean over d, scaled to norm 1, as
-      in the paper.
+      in the paper; 'constant': times input_scale.
+    input_scale: what inputs are multiplied by under 'constant', such as `expected_average_scale`.
+    out_bias: [d_out] of a transcoder.
+    skip: [d_out, d] of a transcoder.
+    output_scale: what a transcoder's target was multiplied by in training.
 
   Raises:
-    ValueError: k is not within 1 and n_latents, the mesh does not divide n_latents, or the normalisation is unknown.
+    ValueError: k is not within 1 and n_latents, the mesh does not divide n_latents, the normalisation is unknown or is
+      one of each token's own in a transcoder, whose target it would not fit, or there is a skip without an out_bias.
   """
 
-  def __init__(self, encoder, decoder, pre_bias, latent_bias, k: int, normalization: str = 'none'):
-    check_settings(encoder.shape[0], k, normalization)
-    self.k, self.normalization = k, normalization
+  def __init__(
+    self,
+    encoder,
+    decoder,
+    pre_bias,
+    latent_bias,
+    activation,
+    normalization: str = 'none',
+    input_scale: float = 1.0,
+    out_bias=None,
+    skip=None,
+    output_scale: float = 1.0,
+  ):
+    check_settings(encoder.shape[0], getattr(activation, 'k', None), normalization)
+    if out_bias is None and skip is not None:
+      raise ValueError('a skip connection is of a transcoder, which has an out_bias; give both or neither')
+    if out_bias is not None and normalization not in ('none', 'constant'):
+      raise ValueError(
+        f'normalization {normalization!r} of a transcoder is undone with statistics of its input, which are not those '
+        "of its target; choose 'none' or 'constant'"
+      )
+    self.activation, self.normalization = activation, normalization
+    self.input_scale, self.output_scale = input_scale, output_scale
     self.encoder = nnx.Param(encoder, out_sharding=('model', None))
     self.decoder = nnx.Param(decoder, out_sharding=('model', None))
     self.pre_bias = nnx.Param(pre_bias, out_sharding=(None,))
     self.latent_bias = nnx.Param(latent_bias, out_sharding=('model',))
+    self.out_bias = None if out_bias is None else nnx.Param(out_bias, out_sharding=(None,))
+    self.skip = None if skip is None else nnx.Param(skip, out_sharding=(None, None))
 
   @property
   def n_latents(self) -> int:
     return self.encoder.shape[0]
 
+  @property
+  def k(self) -> int | None:
+    """Of TopK, else None."""
+    return getattr(self.activation, 'k', None)
+
+  @property
+  def is_transcoder(self) -> bool:
+    return self.out_bias is not None
+
   def normalize(self, x: jax.Array) -> tuple[jax.Array, InputNorm]:
     """Returns the normalised x [..., d] in float32, and what undoes it."""
-    return normalize(x, self.normalization)
+    return normalize(x, self.normalization, self.input_scale)
+
+  def linear(self, normed: jax.Array) -> jax.Array:
+    """Returns the encoder's products [..., l] with a normalised input [..., d], without the latent bias."""
+    return jnp.einsum('...d,ld->...l', normed - self.pre_bias[...], self.encoder[...])
 
   def preacts(self, normed: jax.Array) -> jax.Array:
     """Returns the pre-activations [..., l] of a normalised input [..., d]."""
-    return jnp.einsum('...d,ld->...l', normed - self.pre_bias[...], self.encoder[...]) + self.latent_bias[...]
+    return self.linear(normed) + self.latent_bias[...]
 
   def encode(self, x: jax.Array) -> tuple[jax.Array, InputNorm]:
-    """Returns the latents [..., l], at most k of them positive and the rest 0, and the input's normalisation."""
+    """Returns the latents [..., l], none negative, and what `decode` needs beside them."""
     normed, norm = self.normalize(x)
-    preacts = self.preacts(normed)
-    return jnp.where(topk_mask(preacts, self.k), jax.nn.relu(preacts), 0), norm
+    latents = self.activation(self.linear(normed), self.latent_bias[...])
+    if self.is_transcoder:
+      skipped = jnp.zeros(()) if self.skip is None else (normed - self.pre_bias[...]) @ self.skip[...].T
+      norm = InputNorm(skipped / self.output_scale, jnp.asarray(1 / self.output_scale))
+    return latents, norm
 
   def decode(self, latents: jax.Array, norm: InputNorm) -> jax.Array:
-    """Returns the reconstruction [..., d] of dense latents [..., l], in the scale of the original input."""
+    """Returns the reconstruction [..., d] of dense latents [..., l], in the scale of the original activations."""
     return self.write(latents, norm) + self.constant(norm)
 
   def write(self, latents: jax.Array, norm: InputNorm) -> jax.Array:
-    """Returns what dense latents [..., l] add to the reconstruction [..., d], in the scale of the original input."""
+    """Returns what dense latents [..., l] add to the reconstruction [..., d], in the scale of the originals."""
     return jnp.einsum('...l,ld->...d', latents, self.decoder[...]) * norm.scale
 
   def constant(self, norm: InputNorm) -> jax.Array:
-    """Returns the reconstruction [..., d] without any latent: the pre-bias, in the scale of the original input."""
-    return self.pre_bias[...] * norm.scale + norm.mean
+    """Returns the reconstruction [..., d] without any latent: biases (and the skip), in the scale of the originals."""
+    bias = self.out_bias if self.is_transcoder else self.pre_bias
+    return bias[...] * norm.scale + norm.mean
 
 
-def check_settings(n_latents: int, k: int, normalization: str):
-  """Raises unless there can be such an SAE on the ambient mesh.
+def check_settings(n_latents: int, k: int | None, normalization: str):
+  """Raises unless there can be such an SAE on the ambient mesh; k is None where the activation has none.
 
   Raises:
     ValueError: as `SparseAutoencoder`.
   """
-  if not 1 <= k <= n_latents:
+  if k is not None and not 1 <= k <= n_latents:
     raise ValueError(f'k {k} is not within 1 and n_latents {n_latents}; choose a smaller k or more latents')
   if normalization not in NORMALIZATIONS:
     raise ValueError(f'normalization {normalization!r} is unknown; choose one of {", ".join(NORMALIZATIONS)}')
   sharding.check_divides('n_latents', n_latents, 'model')
 
 
-def normalize(x: jax.Array, normalization: str) -> tuple[jax.Array, InputNorm]:
+def normalize(x: jax.Array, normalization: str, input_scale: float = 1.0) -> tuple[jax.Array, InputNorm]:
   """Returns x [..., d] normalised in float32 (see `SparseAutoencoder`), and what undoes it."""
   x = x.astype(jnp.float32)
   if normalization == 'none':
     return x, InputNorm(jnp.zeros(()), jnp.ones(()))
+  if normalization == 'constant':
+    return x * input_scale, InputNorm(jnp.zeros(()), jnp.asarray(1 / input_scale))
   mean = x.mean(-1, keepdims=True)
   norm = jnp.linalg.norm(x - mean, axis=-1, keepdims=True)
   scale = NORM_EPS + (norm if normalization == 'unit_norm' else norm / (x.shape[-1] - 1) ** 0.5)
   return (x - mean) / scale, InputNorm(mean, scale)
+
+
+def expected_average_scale(sample_bd) -> float:
+  """Returns the factor that brings the mean norm of the sample to sqrt(d) (Anthropic, April 2024 update).
+
+  Raises:
+    ValueError: the sample is all zeros.
+  """
+  mean_norm = float(jnp.linalg.norm(jnp.asarray(sample_bd, jnp.float32), axis=1).mean())
+  if not mean_norm:
+    raise ValueError('the sample of activations is all zeros, so it has no scale; look at the site')
+  return sample_bd.shape[1] ** 0.5 / mean_norm
 
 
 def unit_rows(w_ld: jax.Array) -> jax.Array:
@@ -134,9 +197,9 @@ def geometric_median(x_bd: jax.Array) -> jax.Array:
 
 
 def init_sae(
-  key: jax.Array, sample_bd: jax.Array, n_latents: int, k: int, normalization: str = 'none'
+  key: jax.Array, sample_bd: jax.Array, n_latents: int, k: int, normalization: str = 'none', input_scale: float = 1.0
 ) -> SparseAutoencoder:
-  """Returns a freshly initialised SAE on the ambient mesh, by the rules of OpenAI's released trainer.
+  """Returns a freshly initialised TopK SAE on the ambient mesh, by the rules of OpenAI's released trainer.
 
   The encoder is uniform within 1/sqrt(d), the decoder its rows at unit norm, latent_bias 0, and pre_bias the geometric
   median of the normalised sample. The encoder is then divided by the mean norm of the reconstructions of 256 random
@@ -151,26 +214,142 @@ def init_sae(
   @jax.jit
   def init(sample_bd):
     encoder_ld = jax.random.uniform(encoder_key, (n_latents, d), minval=-(d**-0.5), maxval=d**-0.5)
-    pre_bias_d = geometric_median(normalize(sample_bd, normalization)[0])
-    return SparseAutoencoder(
-      sharding.constrain(encoder_ld, 'latent d_model'),
-      sharding.constrain(unit_rows(encoder_ld), 'latent d_model'),
-      sharding.constrain(pre_bias_d, 'd_model'),
-      sharding.constrain(jnp.zeros(n_latents), 'latent'),
-      k,
-      normalization,
-    )
+    pre_bias_d = geometric_median(normalize(sample_bd, normalization, input_scale)[0])
+    return _placed(encoder_ld, unit_rows(encoder_ld), pre_bias_d, TopK(k), normalization, input_scale)
 
   @jax.jit
   def rescaled_encoder(sae):
     probes_bd = unit_rows(jax.random.normal(probe_key, (256, d))) + sae.pre_bias[...]
-    preacts_bl = sae.preacts(probes_bd)
-    latents_bl = jnp.where(topk_mask(preacts_bl, k), jax.nn.relu(preacts_bl), 0)
+    latents_bl = sae.activation(sae.linear(probes_bd), sae.latent_bias[...])
     return sae.encoder[...] / jnp.linalg.norm(latents_bl @ sae.decoder[...], axis=1).mean()
 
   sae = init(jnp.asarray(sample_bd))
   sae.encoder[...] = rescaled_encoder(sae)
   return sae
+
+
+def init_tied(
+  key: jax.Array,
+  sample_bd: jax.Array,
+  n_latents: int,
+  activation,
+  normalization: str = 'none',
+  input_scale: float = 1.0,
+  row_norm: float = 1.0,
+  median: bool = True,
+) -> SparseAutoencoder:
+  """Returns a fresh SAE on the ambient mesh whose encoder and decoder are the same rows, of random directions.
+
+  Args:
+    key: of the directions, which do not depend on the mesh.
+    sample_bd: raw activations.
+    n_latents: how many rows.
+    activation: of `models.activation_functions`, with parameters of n_latents.
+    normalization: as `SparseAutoencoder`.
+    input_scale: as `SparseAutoencoder`.
+    row_norm: of every row.
+    median: whether pre_bias is the geometric median of the normalised sample, or 0.
+
+  Raises:
+    ValueError: as `SparseAutoencoder`.
+  """
+
+  @jax.jit
+  def init(sample_bd):
+    rows_ld = row_norm * unit_rows(jax.random.normal(key, (n_latents, sample_bd.shape[1])))
+    normed_bd = normalize(sample_bd, normalization, input_scale)[0]
+    pre_bias_d = geometric_median(normed_bd) if median else jnp.zeros(sample_bd.shape[1])
+    return _placed(rows_ld, rows_ld, pre_bias_d, activation, normalization, input_scale)
+
+  return init(jnp.asarray(sample_bd))
+
+
+def _placed(encoder_ld, decoder_ld, pre_bias_d, activation, normalization, input_scale):
+  return SparseAutoencoder(
+    sharding.constrain(encoder_ld, 'latent d_model'),
+    sharding.constrain(decoder_ld, 'latent d_model'),
+    sharding.constrain(pre_bias_d, 'd_model'),
+    sharding.constrain(jnp.zeros(len(encoder_ld)), 'latent'),
+    activation,
+    normalization,
+    input_scale,
+  )
+
+
+def as_transcoder(key: jax.Array, sae: SparseAutoencoder, targets_bd: jax.Array, skip: bool = False):
+  """Returns a fresh SAE as a transcoder: its decoder random unit rows of the target's width, its scale the target's.
+
+  The targets are multiplied by `expected_average_scale` in training; out_bias is their geometric median, the skip
+  connection 0.
+
+  Raises:
+    ValueError: as `SparseAutoencoder` and `expected_average_scale`.
+  """
+  output_scale, d_out = expected_average_scale(targets_bd), targets_bd.shape[1]
+
+  @jax.jit
+  def init(sae, targets_bd):
+    decoder_ld = unit_rows(jax.random.normal(key, (sae.n_latents, d_out)))
+    return SparseAutoencoder(
+      sae.encoder[...],
+      sharding.constrain(decoder_ld, 'latent d_model'),
+      sae.pre_bias[...],
+      sae.latent_bias[...],
+      sae.activation,
+      sae.normalization,
+      sae.input_scale,
+      sharding.constrain(geometric_median(targets_bd * output_scale), 'd_model'),
+      sharding.constrain(jnp.zeros((d_out, sae.encoder.shape[1])), 'd_model d_model') if skip else None,
+      output_scale,
+    )
+
+  return init(sae, jnp.asarray(targets_bd))
+
+
+def named_parameters(sae: SparseAutoencoder) -> dict[str, nnx.Param]:
+  """Returns the parameters by name: those of every SAE, then what a transcoder and the activation have beside them."""
+  found = {name: getattr(sae, name) for name in (*PARAMETERS, 'out_bias', 'skip')}
+  found |= {name: getattr(sae.activation, name) for name in sae.activation.parameters}
+  return {name: param for name, param in found.items() if param is not None}
+
+
+def settings_of(sae: SparseAutoencoder) -> dict:
+  """Returns what an SAE is beside its parameters, as plain values that `build` takes."""
+  settings = {'activation': sae.activation.name, 'k': sae.k, 'normalization': sae.normalization}
+  scales = {'input_scale': sae.input_scale, 'output_scale': sae.output_scale}
+  return {name: value for name, value in settings.items() if value is not None} | {
+    name: value for name, value in scales.items() if value != 1
+  }
+
+
+def build(arrays: Mapping[str, np.ndarray], settings: Mapping) -> SparseAutoencoder:
+  """Returns an SAE on the ambient mesh from `named_parameters` as host arrays and `settings_of`.
+
+  Raises:
+    ValueError: the activation is unknown, an array is missing or one too many, or shapes do not fit; and as
+      `SparseAutoencoder`.
+  """
+  settings = dict(settings)
+  kind, k = settings.pop('activation', 'topk'), settings.pop('k', None)
+  if kind not in activation_functions.BY_NAME:
+    raise ValueError(f'activation {kind!r} is unknown; choose one of {", ".join(activation_functions.BY_NAME)}')
+  activation = activation_functions.BY_NAME[kind]
+  needed, known = {*PARAMETERS, *activation.parameters}, {*PARAMETERS, *activation.parameters, 'out_bias', 'skip'}
+  if needed - arrays.keys() or arrays.keys() - known:
+    raise ValueError(f'an SAE of activation {kind!r} has the arrays {sorted(needed)}, not {sorted(arrays)}')
+  (n_latents, d), d_out = arrays['encoder'].shape, arrays['decoder'].shape[-1]
+  check_settings(n_latents, k, settings.get('normalization', 'none'))
+  shapes = {'encoder': (n_latents, d), 'decoder': (n_latents, d_out), 'pre_bias': (d,), 'out_bias': (d_out,)}
+  shapes['skip'] = (d_out, d)
+  placed = {}
+  for name, array in arrays.items():
+    shape = shapes.get(name, (n_latents,))
+    if array.shape != shape:
+      raise ValueError(f'{name} has the shape {list(array.shape)}, not {list(shape)} as the encoder wants it')
+    dims = {1: 'latent', 2: 'latent d_model'} if shape[0] == n_latents and name in needed - {'pre_bias'} else {}
+    placed[name] = sharding.place(array, dims.get(len(shape), ' '.join(['d_model'] * len(shape))))
+  own = {name: placed.pop(name) for name in activation.parameters}
+  return SparseAutoencoder(**placed, activation=activation(**own) if k is None else activation(k), **settings)
 
 
 def save(folder: str | pathlib.Path, sae: SparseAutoencoder):
@@ -183,10 +362,10 @@ def save(folder: str | pathlib.Path, sae: SparseAutoencoder):
   partial = folder.with_name(f'{folder.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  arrays = {name: np.asarray(jax.device_get(getattr(sae, name)[...]), np.float32) for name in PARAMETERS}
+  arrays = {name: np.asarray(jax.device_get(param[...]), np.float32) for name, param in named_parameters(sae).items()}
   # Not save_file: on a full disk it raises an error of its own, which is no OSError.
   (partial / 'sae.safetensors').write_bytes(safetensors.save(arrays))
-  (partial / 'config.json').write_text(json.dumps({'k': sae.k, 'normalization': sae.normalization}))
+  (partial / 'config.json').write_text(json.dumps(settings_of(sae)))
   shutil.rmtree(folder, ignore_errors=True)
   os.rename(partial, folder)
 
@@ -200,11 +379,8 @@ def load_sae(folder: str | pathlib.Path) -> SparseAutoencoder:
   """
   folder = pathlib.Path(folder)
   try:
-    config = json.loads((folder / 'config.json').read_text())
+    settings = json.loads((folder / 'config.json').read_text())
     arrays = safetensors.load_file(folder / 'sae.safetensors')
   except (json.JSONDecodeError, SafetensorError) as e:
     raise ValueError(f'the SAE in {folder} is damaged ({e}); delete that folder and run train.sae again') from e
-  check_settings(len(arrays['latent_bias']), **config)
-  dims = ('latent d_model', 'latent d_model', 'd_model', 'latent')
-  placed = {name: sharding.place(arrays[name], dim) for name, dim in zip(PARAMETERS, dims, strict=True)}
-  return SparseAutoencoder(**placed, **config)
+  return build(arrays, settings)

@@ -18,7 +18,7 @@ class SAEInfo(Strict):
 
   site: str = Field(description='What it reads and writes.')
   n_latents: int = Field(description='How many it has.')
-  k: int = Field(description='Latents that are active on a token, at most.')
+  k: int | None = Field(description='Latents that are active on a token, at most; null where its kind sets no number.')
   normalization: str = Field(description='Of its input.')
 
 

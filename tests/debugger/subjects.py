@@ -4,6 +4,7 @@ import numpy as np
 
 from jax_interp.debugger import schema, subject
 from models import sae, sharding
+from models.activation_functions import TopK
 from tests.models import families
 
 PROMPT = '3 17 5 44 9 20 31'
@@ -56,7 +57,7 @@ def dictionary(model, site: str):
   arrays['decoder'] /= np.linalg.norm(arrays['decoder'], axis=1, keepdims=True)
   dims = dict(zip(shapes, ('latent d_model', 'latent d_model', 'd_model', 'latent'), strict=True))
   placed = {name: sharding.place(x, dims[name]) for name, x in arrays.items()}
-  return sae.SparseAutoencoder(**placed, k=k, normalization=normalization)
+  return sae.SparseAutoencoder(**placed, activation=TopK(k), normalization=normalization)
 
 
 def build(name: str = 'gpt2', sites=(), sample: bool = True) -> subject.Subject:

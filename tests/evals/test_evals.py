@@ -10,6 +10,7 @@ from flax import nnx
 
 from jax_interp.evals import downstream, reconstruction
 from models import gpt2, sae, sharding, sites
+from models.activation_functions import TopK
 
 SITE = 'h.0.resid.post_mlp'
 B, T, D, L, K, V, END = 4, 7, 12, 32, 5, 31, 30
@@ -34,13 +35,13 @@ def random_sae(normalization):
   parts[1] /= np.linalg.norm(parts[1], axis=1, keepdims=True)
   dims = ('latent d_model', 'latent d_model', 'd_model', 'latent')
   placed = [sharding.place(part, dim) for part, dim in zip(parts, dims, strict=True)]
-  return sae.SparseAutoencoder(*placed, K, normalization)
+  return sae.SparseAutoencoder(*placed, TopK(K), normalization)
 
 
 def identity_sae():
   """2 d latents, the positive and the negative part of each channel."""
   eye = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
-  return sae.SparseAutoencoder(eye, eye, jnp.zeros(D), jnp.zeros(2 * D), 2 * D)
+  return sae.SparseAutoencoder(eye, eye, jnp.zeros(D), jnp.zeros(2 * D), TopK(2 * D))
 
 
 def acts(n_batches=3, offset=5.0):
@@ -109,7 +110,7 @@ def test_the_mean_and_a_perfect_reconstruction_score_0_and_1():
   x_sbtd, keep_sbt = acts()
   mean_d = x_sbtd[keep_sbt].mean(0)
   zeros = jnp.zeros((L, D))
-  constant = sae.SparseAutoencoder(zeros, zeros, jnp.asarray(mean_d), jnp.zeros(L), K)
+  constant = sae.SparseAutoencoder(zeros, zeros, jnp.asarray(mean_d), jnp.zeros(L), TopK(K))
   for model, value, l0 in ((constant, 0.0, 0.0), (identity_sae(), 1.0, D)):
     found = dict(reconstruction.metrics(last(reconstruction.measure(model, zip(x_sbtd, keep_sbt, strict=True)))))
     np.testing.assert_allclose(found['explained_variance'], value, atol=1e-6)
@@ -172,6 +173,6 @@ def test_a_perfect_reconstruction_recovers_all_the_loss(model):
 def test_no_reconstruction_recovers_nothing(model):
   batches = [(tokens_bt, tokens_bt != END) for tokens_bt in tokens()]
   zeros = jnp.zeros((L, D))
-  nothing = sae.SparseAutoencoder(zeros, zeros, jnp.zeros(D), jnp.zeros(L), K)
+  nothing = sae.SparseAutoencoder(zeros, zeros, jnp.zeros(D), jnp.zeros(L), TopK(K))
   found = dict(downstream.metrics(last(downstream.measure(model, nothing, SITE, np.zeros(D), batches))))
   np.testing.assert_allclose(found['loss_recovered_zero'], 0, atol=1e-6)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import sae, sharding
+from models import activation_functions, sae, sharding
 
 B, T, D, L, K = 4, 6, 32, 256, 5
 
@@ -18,7 +18,9 @@ def activations(seed=0):
 
 
 def example(normalization='none'):
-  return sae.init_sae(jax.random.key(0), activations(1).reshape(-1, D), L, K, normalization)
+  sample_bd = activations(1).reshape(-1, D)
+  scale = sae.expected_average_scale(sample_bd) if normalization == 'constant' else 1.0
+  return sae.init_sae(jax.random.key(0), sample_bd, L, K, normalization, scale)
 
 
 @pytest.mark.parametrize('normalization', sae.NORMALIZATIONS)
@@ -32,8 +34,9 @@ def test_encode_and_decode_are_the_formulas_in_float64(mesh, normalization):
     'none': np.ones_like(mean),
     'layer_norm_std': x.std(-1, ddof=1, keepdims=True) + 1e-5,
     'unit_norm': np.linalg.norm(x - mean, axis=-1, keepdims=True) + 1e-5,
+    'constant': np.full_like(mean, np.linalg.norm(activations(1).reshape(-1, D), axis=1).mean() / D**0.5),
   }[normalization]
-  mean = np.zeros_like(mean) if normalization == 'none' else mean
+  mean = np.zeros_like(mean) if normalization in ('none', 'constant') else mean
   preacts = ((x - mean) / scale - pre_bias) @ encoder.T
   expected = np.where(preacts >= np.sort(preacts)[..., -K, None], np.maximum(preacts, 0), 0)
   np.testing.assert_allclose(latents, expected, atol=1e-5)  # sums of 32 float32 products of size about 1
@@ -85,7 +88,7 @@ def test_median_of_points_on_a_line_passes_through_a_data_point():
   [
     (L, L + 1, 'none', r'k 257 is not within 1 and n_latents 256; choose a smaller k'),
     (L, 0, 'none', r'k 0 is not within'),
-    (L, K, 'batch_norm', r"'batch_norm' is unknown; choose one of none, layer_norm_std, unit_norm"),
+    (L, K, 'batch_norm', r"'batch_norm' is unknown; choose one of none, layer_norm_std, unit_norm, constant"),
   ],
 )
 def test_bad_sizes_raise_and_name_the_way_out(mesh, n_latents, k, normalization, message):
@@ -104,7 +107,11 @@ def test_a_saved_sae_loads_as_it_was_on_any_mesh(tmp_path, mesh):
   for _ in range(2):  # the second replaces the first
     sae.save(tmp_path / 'final', model)
   assert sorted(path.name for path in tmp_path.rglob('*.*')) == ['config.json', 'sae.safetensors']
-  assert json.loads((tmp_path / 'final/config.json').read_text()) == {'k': K, 'normalization': 'unit_norm'}
+  assert json.loads((tmp_path / 'final/config.json').read_text()) == {
+    'activation': 'topk',
+    'k': K,
+    'normalization': 'unit_norm',
+  }
   for shape in [(1, 1), (1, 4)]:
     with jax.set_mesh(sharding.make_mesh(*shape)):
       loaded = sae.load_sae(tmp_path / 'final')
@@ -136,3 +143,91 @@ def test_an_sae_that_cannot_be_written_is_an_os_error_and_the_one_before_stays(t
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert sae.load_sae(tmp_path / 'final').k == K
+
+
+def random_parameters(kind, d_out=None):
+  """Host arrays of an SAE, or a transcoder to d_out, of an activation function."""
+  rng = np.random.default_rng(3)
+  arrays = {name: rng.normal(size=(L, D)) for name in ('encoder', 'decoder')}
+  arrays |= {'pre_bias': rng.normal(size=D), 'latent_bias': rng.normal(size=L)}
+  arrays |= {name: rng.normal(size=L) for name in activation_functions.BY_NAME[kind].parameters}
+  if d_out:
+    arrays |= {'decoder': rng.normal(size=(L, d_out)), 'out_bias': rng.normal(size=d_out)}
+    arrays |= {'skip': rng.normal(size=(d_out, D))}
+  return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def latents_in_float64(kind, linear, p):
+  """Each activation function as its paper writes it, in NumPy."""
+  preacts = linear + p['latent_bias']
+  if kind == 'topk':
+    return np.where(preacts >= np.sort(preacts)[..., -K, None], np.maximum(preacts, 0), 0)
+  if kind == 'relu':
+    return np.maximum(preacts, 0)
+  if kind == 'jumprelu':
+    return preacts * (preacts > 0) * (preacts > p['threshold'])
+  if kind == 'prolu':
+    return linear * (linear > 0) * (preacts > 0)
+  return (preacts > 0) * np.maximum(np.exp(p['r_mag']) * linear + p['mag_bias'], 0)
+
+
+@pytest.mark.parametrize('kind', activation_functions.BY_NAME)
+@pytest.mark.parametrize('d_out', [None, 20], ids=['sae', 'transcoder'])
+def test_every_activation_is_its_formula_in_float64_and_comes_back_from_disk(mesh, tmp_path, kind, d_out):
+  arrays = random_parameters(kind, d_out)
+  scales = {'normalization': 'constant', 'input_scale': 0.5} | ({'output_scale': 0.25} if d_out else {})
+  settings = {'activation': kind, **scales} | ({'k': K} if kind == 'topk' else {})
+  sae.save(tmp_path / 'sae', sae.build(arrays, settings))
+  model = sae.load_sae(tmp_path / 'sae')
+  assert sae.settings_of(model) == settings
+  for name, param in sae.named_parameters(model).items():
+    np.testing.assert_array_equal(param[...], arrays[name], err_msg=name)
+  x = activations()
+  latents, norm = jax.jit(lambda m, x: m.encode(x))(model, x)
+  p = {name: array.astype(np.float64) for name, array in arrays.items()}
+  centred = 0.5 * x - p['pre_bias']
+  expected = latents_in_float64(kind, centred @ p['encoder'].T, p)
+  np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-4)  # sums of 32 products of size about 3
+  recons = expected @ p['decoder'] + (p['out_bias'] + centred @ p['skip'].T if d_out else p['pre_bias'])
+  expected_recons = recons / (0.25 if d_out else 0.5)
+  np.testing.assert_allclose(model.decode(latents, norm), expected_recons, atol=1e-5 * np.abs(expected_recons).max())
+
+
+@pytest.mark.parametrize('row_norm', [1.0, 0.1])
+def test_tied_rows_have_the_norm_asked_for_on_any_mesh(mesh, row_norm):
+  sample_bd = activations(1).reshape(-1, D)
+  relu = activation_functions.ReLU()
+  model = sae.init_tied(jax.random.key(0), sample_bd, L, relu, row_norm=row_norm, median=False)
+  np.testing.assert_array_equal(model.encoder[...], model.decoder[...])
+  np.testing.assert_allclose(np.linalg.norm(model.decoder[...], axis=1), row_norm, rtol=1e-6)
+  assert not np.any(model.pre_bias[...])
+  with jax.set_mesh(sharding.make_mesh(1, 1)):
+    other = sae.init_tied(jax.random.key(0), sample_bd, L, relu, row_norm=row_norm)
+    np.testing.assert_array_equal(other.encoder[...], model.encoder[...])
+    np.testing.assert_allclose(other.pre_bias[...], sae.geometric_median(jnp.asarray(sample_bd)), rtol=1e-5)
+
+
+def test_a_transcoder_starts_at_the_targets_median_in_their_scale(mesh):
+  targets_bd = np.random.default_rng(5).normal(2, 3, size=(64, 20)).astype(np.float32)
+  model = sae.as_transcoder(jax.random.key(0), example(), targets_bd, skip=True)
+  scaled_bd = targets_bd * model.output_scale
+  np.testing.assert_allclose(np.linalg.norm(scaled_bd, axis=1).mean(), 20**0.5, rtol=1e-5)
+  np.testing.assert_allclose(model.out_bias[...], sae.geometric_median(jnp.asarray(scaled_bd)), rtol=1e-5)
+  assert model.decoder[...].shape == (L, 20)
+  assert model.skip[...].shape == (20, D)
+
+
+@pytest.mark.usefixtures('mesh')
+@pytest.mark.parametrize(
+  ('settings', 'changes', 'message'),
+  [
+    ({'activation': 'step'}, {}, "activation 'step' is unknown; choose one of topk, relu, jumprelu, prolu, gated"),
+    ({'activation': 'jumprelu'}, {}, r"activation 'jumprelu' has the arrays .*'threshold'\], not"),
+    ({'activation': 'relu'}, {'pre_bias': np.zeros(3)}, r'pre_bias has the shape \[3\], not \[32\]'),
+    ({'activation': 'relu'}, {'skip': np.zeros((D, D))}, 'a skip connection is of a transcoder'),
+    ({'activation': 'relu', 'normalization': 'unit_norm'}, {'out_bias': np.zeros(D)}, 'not those of its target'),
+  ],
+)
+def test_what_is_no_sae_raises(settings, changes, message):
+  with pytest.raises(ValueError, match=message):
+    sae.build(random_parameters('relu') | changes, settings)

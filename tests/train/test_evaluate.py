@@ -12,6 +12,7 @@ from flax import nnx
 
 from models import gpt2, pretrained, sharding
 from models import sae as sae_lib
+from models.activation_functions import TopK
 from train import command, evaluate
 from train import sae as train_sae
 
@@ -34,7 +35,9 @@ def workdir(tmp_path_factory):
     pretrained.save_model(folder / 'model', jax.jit(lambda: gpt2.GPT2(config, nnx.Rngs(0)))())
     identity = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
     command.claim(folder / 'sae', train_sae.made_with(make_config(folder), folder))
-    sae_lib.save(folder / 'sae' / 'final', sae_lib.SparseAutoencoder(identity, identity, jnp.zeros(D), jnp.zeros(L), L))
+    sae_lib.save(
+      folder / 'sae' / 'final', sae_lib.SparseAutoencoder(identity, identity, jnp.zeros(D), jnp.zeros(L), TopK(L))
+    )
     command.finish(folder / 'sae')
   return folder
 
