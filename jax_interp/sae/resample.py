@@ -1,0 +1,77 @@
+"""Resampling: dead latents begin anew in the directions of badly reconstructed inputs (Bricken et al. 2023).
+
+The recipe's answer to latents that an L1 penalty has killed; their Adam moments begin at zero again, or the next steps
+would undo what was set.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from models import sharding
+from models.sae import SparseAutoencoder, unit_rows
+
+ENCODER_NORM = 0.2  # of a fresh encoder row, relative to the living ones' mean
+
+
+@functools.partial(jax.jit, static_argnames=('dead_tokens', 'exponent'), donate_argnames=('sae', 'opt'))
+def resample(
+  sae: SparseAutoencoder,
+  opt: optax.OptState,
+  tokens_since_fired_l: jax.Array,
+  acts_bd: jax.Array,
+  key: jax.Array,
+  dead_tokens: int,
+  exponent: float = 2,
+) -> tuple[SparseAutoencoder, optax.OptState, jax.Array]:
+  """Returns the SAE, its optimizer's state and the dead clock with the dead latents made anew.
+
+  Each draws an input x, normalised and minus pre_bias, with a probability in proportion to its loss |x - recons|^2 to
+  the power of `exponent`. Its decoder row becomes x / |x|, its encoder row the same times 0.2 of the mean norm of the
+  living ones' encoder rows, its latent bias 0, and its Adam moments 0. Where no latent is alive 0.2 is the norm.
+
+  Args:
+    sae: donated; no transcoder, whose decoder rows live in another space than its inputs.
+    opt: donated; of `optimizer.adam`.
+    tokens_since_fired_l: the dead clock.
+    acts_bd: raw activations to draw from.
+    key: of the draws, which do not depend on the mesh.
+    dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    exponent: 2 is a probability in proportion to the square of the loss, as in the paper.
+  """
+  dead_l = tokens_since_fired_l > dead_tokens
+  x_bd = sae.normalize(acts_bd)[0] - sae.pre_bias[...]
+  latents_bl = sae.activation(x_bd @ sae.encoder[...].T, sae.latent_bias[...])
+  loss_b = jnp.sum((latents_bl @ sae.decoder[...] - x_bd) ** 2, axis=1)
+  log_odds_b = exponent * jnp.log(jnp.maximum(loss_b, jnp.finfo(jnp.float32).tiny))
+  drawn_l = jax.random.categorical(key, log_odds_b, shape=dead_l.shape)
+  rows_ld = sharding.constrain(unit_rows(x_bd + jnp.finfo(jnp.float32).tiny)[drawn_l], 'latent d_model')
+  norms_l = jnp.linalg.norm(sae.encoder[...], axis=1)
+  n_alive = jnp.sum(~dead_l)
+  alive_norm = jnp.where(n_alive > 0, jnp.sum(jnp.where(dead_l, 0, norms_l)) / jnp.maximum(n_alive, 1), 1)
+
+  fresh = {'encoder': ENCODER_NORM * alive_norm * rows_ld, 'decoder': rows_ld, 'latent_bias': jnp.zeros(())}
+  for name, value in fresh.items():
+    param = getattr(sae, name)
+    param[...] = jnp.where(_as_rows(dead_l, param[...]), value, param[...])
+  return sae, _without_moments(opt, dead_l), jnp.where(dead_l, 0, tokens_since_fired_l)
+
+
+def _as_rows(dead_l, x):
+  return dead_l if x.ndim == 1 else dead_l[:, None]
+
+
+def _without_moments(opt: Any, dead_l):
+  """Returns the optimizer's state with the moments of dead latents at zero; those are parameters over `model`."""
+
+  def reset(x):
+    if not isinstance(x, nnx.Param) or x.out_sharding[0] != 'model':
+      return x
+    x[...] = jnp.where(_as_rows(dead_l, x[...]), 0, x[...])
+    return x
+
+  return jax.tree.map(reset, opt, is_leaf=lambda x: isinstance(x, nnx.Param))
