@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from orbax.checkpoint import checkpoint_managers as policies
 
 from jax_interp import activations, text
 
@@ -496,51 +498,120 @@ def _is_damaged(first: ts.Future) -> bool:
     return True
 
 
-def save_checkpoint(folder: str | pathlib.Path, step: int, state: Any):
-  """Writes a training state as `folder/<step>`, whole or not at all, and deletes all but the last KEPT_CHECKPOINTS.
+class Checkpoints:
+  """Training states as `folder/<step>`, each whole or not there, written while training goes on.
 
-  Args:
-    folder: a local path or a bucket's URL.
-    step: number of the checkpoint.
-    state: a pytree of arrays, sharded or not; typed random keys are arrays too.
-
-  Raises:
-    OSError: no space is left; the checkpoints before stay.
+  A context: leaving it waits for the one that is being written. The last few stay, and the best. All of several
+  processes call the same methods; each writes and reads its own shards. A folder has one writer at a time, which
+  removes what a killed one has left half-written.
   """
-  with _disk_space(folder), _manager(folder) as manager:
-    manager.save(step, args=ocp.args.StandardSave(_by_path(state)))
+
+  def __init__(self, folder: str | pathlib.Path, keep: int = KEPT_CHECKPOINTS, scored: bool = False):
+    """Opens or makes the folder.
+
+    Args:
+      folder: a local path or a bucket's URL.
+      keep: how many of the last stay.
+      scored: whether every state is saved with a score, and the one of the lowest stays too.
+    """
+    self.folder = folder if '://' in str(folder) else pathlib.Path(folder).absolute()
+    kept, best = [policies.LatestN(keep)], None
+    if scored:
+      best = operator.itemgetter('score')
+      kept.append(policies.BestN(get_metric_fn=best, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+      best_fn=best,
+      best_mode='min',
+      cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager(str(self.folder), options=options)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *error):
+    with _disk_space(self.folder):
+      self._manager.close()
+
+  def save(self, step: int, state: Any, score: float | None = None):
+    """Begins to write a state and returns when it is copied: its arrays may be donated, and nothing waits for the disk.
+
+    A state that is already there, or one after it, is not written again. Waits for the one before to be written.
+
+    Args:
+      step: number of the checkpoint.
+      state: a pytree of arrays, sharded or not; typed random keys are arrays too.
+      score: the lower, the better; where states are scored.
+
+    Raises:
+      OSError: no space is left, for the one before as the case may be; the checkpoints before that stay.
+    """
+    with _disk_space(self.folder):
+      metrics = None if score is None else {'score': score}
+      self._manager.save(step, args=ocp.args.StandardSave(_by_path(state)), metrics=metrics)
+
+  def wait(self):
+    """Waits until what was saved is on the disk.
+
+    Raises:
+      OSError: no space is left; the checkpoints before stay.
+    """
+    with _disk_space(self.folder):
+      self._manager.wait_until_finished()
+
+  def steps(self) -> list[int]:
+    """Returns the numbers of the checkpoints, in order, when all are on the disk."""
+    self.wait()
+    return sorted(self._manager.all_steps())
+
+  def best(self) -> int | None:
+    """Returns the number of the one with the lowest score, None if there is none."""
+    self.wait()
+    return self._manager.best_step()
+
+  def delete(self, step: int):
+    """Removes a checkpoint, and thereby lets that step be written again."""
+    self.wait()
+    self._manager.delete(step)
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Any:
+    """Returns a state, by default the last, each array onto its sharding, whatever mesh it was saved from.
+
+    Args:
+      abstract_state: the state's pytree, of `jax.ShapeDtypeStruct` with shardings or of arrays.
+      step: number of the checkpoint.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it has other leaves or shapes.
+    """
+    self.wait()
+    step = self._manager.latest_step() if step is None else step
+    if step is None:
+      raise FileNotFoundError(f'no checkpoint at {self.folder}')
+    leaves = self._manager.restore(step, args=ocp.args.StandardRestore(_by_path(abstract_state)))
+    # By name: orbax returns them in another order.
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in _by_path(abstract_state)])
+
+
+def save_checkpoint(folder: str | pathlib.Path, step: int, state: Any):
+  """Writes one training state and returns when it is there: see `Checkpoints`."""
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(step, state)
+    checkpoints.wait()
 
 
 def restore_checkpoint(folder: str | pathlib.Path, abstract_state: Any) -> Any:
-  """Returns the last state that `save_checkpoint` wrote, each array onto its sharding.
-
-  Args:
-    folder: as for `save_checkpoint`.
-    abstract_state: the state's pytree, of `jax.ShapeDtypeStruct` with shardings or of arrays.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: it has other leaves or shapes.
-  """
-  with _manager(folder) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise FileNotFoundError(f'no checkpoint at {folder}')
-    leaves = manager.restore(step, args=ocp.args.StandardRestore(_by_path(abstract_state)))
-  # By name: orbax returns them in another order.
-  return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in _by_path(abstract_state)])
+  """Returns the last state in a folder: see `Checkpoints.restore`."""
+  with Checkpoints(folder) as checkpoints:
+    return checkpoints.restore(abstract_state)
 
 
 def latest_step(folder: str | pathlib.Path) -> int | None:
   """Returns the number of the last whole checkpoint, None if there is none."""
-  with _manager(folder) as manager:
-    return manager.latest_step()
-
-
-def _manager(folder) -> ocp.CheckpointManager:
-  folder = str(folder) if '://' in str(folder) else os.path.abspath(folder)
-  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, max_to_keep=KEPT_CHECKPOINTS)
-  return ocp.CheckpointManager(folder, options=options)
+  with Checkpoints(folder) as checkpoints:
+    return max(checkpoints.steps(), default=None)
 
 
 def _by_path(tree) -> dict[str, Any]:

@@ -5,7 +5,10 @@ import errno
 import json
 import os
 import pathlib
+import signal
 import subprocess
+import sys
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -428,6 +431,78 @@ def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
   with jax.set_mesh(sharding.make_mesh(2, 2)):
     target = jax.ShapeDtypeStruct((8, 6), w.dtype, sharding=sharding.place(w, 'latent d').sharding)
     np.testing.assert_array_equal(store.restore_checkpoint(tmp_path, {'w': target})['w'], w)
+
+
+@pytest.mark.usefixtures('mesh')
+def test_a_state_that_is_donated_while_it_is_written_is_saved_as_it_was(tmp_path):
+  step = jax.jit(lambda w_ld: w_ld + 1, donate_argnums=0)
+  w_ld = sharding.place(np.zeros((512, 2000), np.float32), 'latent d')
+  with store.Checkpoints(tmp_path, keep=5) as checkpoints:
+    for i in range(1, 21):
+      w_ld = step(w_ld)
+      if i % 5 == 0:
+        checkpoints.save(i, {'w': w_ld})
+    assert checkpoints.steps() == [5, 10, 15, 20]
+    for i in (5, 10, 15, 20):
+      np.testing.assert_array_equal(checkpoints.restore({'w': w_ld}, i)['w'], i)
+    np.testing.assert_array_equal(checkpoints.restore({'w': w_ld})['w'], 20)
+
+
+def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+  may_write, rename = threading.Event(), os.rename
+  monkeypatch.setattr(os, 'rename', lambda *args, **kwargs: may_write.wait(600) and rename(*args, **kwargs))
+  with store.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {'w': jnp.zeros(3)})
+    assert not (tmp_path / '1').exists()
+    may_write.set()
+    assert checkpoints.steps() == [1]
+  assert (tmp_path / '1').exists()
+
+
+def test_the_last_few_checkpoints_and_the_best_stay(tmp_path):
+  scores = {10: 0.5, 20: 0.2, 30: 0.4, 40: 0.3, 50: 0.6}
+  with store.Checkpoints(tmp_path, keep=2, scored=True) as checkpoints:
+    assert checkpoints.best() is None
+    for step, score in scores.items():
+      checkpoints.save(step, {'w': jnp.full(3, score)}, score)
+    assert checkpoints.steps() == [20, 40, 50]
+  with store.Checkpoints(tmp_path, keep=2, scored=True) as checkpoints:
+    assert checkpoints.best() == 20
+    np.testing.assert_array_equal(checkpoints.restore({'w': jnp.zeros(3)}, checkpoints.best())['w'], jnp.full(3, 0.2))
+    checkpoints.save(60, {'w': jnp.zeros(3)}, 0.1)
+    assert checkpoints.steps() == [50, 60]
+    checkpoints.delete(60)
+    checkpoints.save(60, {'w': jnp.ones(3)}, 0.7)
+    assert checkpoints.best() == 50
+    np.testing.assert_array_equal(checkpoints.restore({'w': jnp.zeros(3)})['w'], jnp.ones(3))
+
+
+def test_what_a_killed_writer_left_half_written_is_no_checkpoint_and_goes(tmp_path):
+  """Killed when all is written but not yet under its name."""
+  code = f"""
+import os, signal
+import jax.numpy as jnp
+from jax_interp import store
+rename = os.rename
+def killed(source, target, *args, **kwargs):
+  if str(target).endswith('/2'):
+    os.kill(os.getpid(), signal.SIGKILL)
+  rename(source, target, *args, **kwargs)
+os.rename = os.replace = killed
+with store.Checkpoints({str(tmp_path)!r}) as checkpoints:
+  for step in (1, 2):
+    checkpoints.save(step, {{'w': jnp.full(3, step)}})
+"""
+  environment = {**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+  ended = subprocess.run([sys.executable, '-c', code], env=environment, check=False)
+  assert ended.returncode == -signal.SIGKILL
+  assert len(list(tmp_path.iterdir())) == 2  # one of them half-written
+  with store.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, {'w': jnp.full(3, 5)})
+    assert checkpoints.steps() == [1, 2]
+    np.testing.assert_array_equal(checkpoints.restore({'w': jnp.zeros(3, int)})['w'], jnp.full(3, 5))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '2']
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
