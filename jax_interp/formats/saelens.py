@@ -5,6 +5,7 @@ ReLU and JumpReLU, with and without a skip.
 """
 
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -155,14 +156,18 @@ def _normalization(path: pathlib.Path, config: dict[str, Any]) -> tuple[str, flo
   if theirs != 'expected_average_only_in':
     raise ValueError(
       f'{path}: normalize_activations is {theirs!r}, which ours has not (none, layer_norm and expected_average_only_in '
-      'are known); covariance_whitening can be folded into the weights by fold_activation_whitening of SAELens'
+      'are known); covariance_whitening can be folded into the weights by fold_activation_whitening of SAELens, and for '
+      "constant_norm_rescale, set it to 'none' and give the SAE inputs of norm sqrt(d_in)"
     )
   if not (path / _SCALER).is_file():
     raise ValueError(
       f'{path}: it was trained on inputs times a factor (expected_average_only_in) that the folder does not tell; add '
       f'{_SCALER} with {{"scaling_factor": NUMBER}}, or fold it by fold_activation_norm_scaling_factor of SAELens'
     )
-  return 'constant', files.field(path / _SCALER, files.read_json(path / _SCALER), 'scaling_factor', float)
+  scale = files.read_json(path / _SCALER).get('scaling_factor')
+  if type(scale) not in (int, float) or not 0 < scale < math.inf:
+    raise ValueError(f'{path / _SCALER}: scaling_factor is {scale!r}, not a number above 0; complete the file')
+  return 'constant', float(scale)
 
 
 def _tensors(path: pathlib.Path, architecture: str) -> dict[str, np.ndarray]:

@@ -288,6 +288,10 @@ def test_saelens_scales_and_norms_are_folded(tmp_path):
   path = _saelens(tmp_path / 'average', {'normalize_activations': 'expected_average_only_in'})
   with pytest.raises(ValueError, match=r'add activation_scaler\.json with'):
     saelens.read(path)
+  for wrong in ('null', '0', '-2.0', '"x"', 'NaN', 'true'):
+    (path / 'activation_scaler.json').write_text(f'{{"scaling_factor": {wrong}}}')
+    with pytest.raises(ValueError, match=r'activation_scaler\.json: scaling_factor is'):
+      saelens.read(path)
   (path / 'activation_scaler.json').write_text('{"scaling_factor": 0.25, "has_whitening": false}')
   assert saelens.read(path)[1] == {'activation': 'relu', 'normalization': 'constant', 'input_scale': 0.25}
   _agrees(saelens, path)
