@@ -156,8 +156,8 @@ def _normalization(path: pathlib.Path, config: dict[str, Any]) -> tuple[str, flo
   if theirs != 'expected_average_only_in':
     raise ValueError(
       f'{path}: normalize_activations is {theirs!r}, which ours has not (none, layer_norm and expected_average_only_in '
-      'are known); covariance_whitening can be folded into the weights by fold_activation_whitening of SAELens, and for '
-      "constant_norm_rescale, set it to 'none' and give the SAE inputs of norm sqrt(d_in)"
+      'are known); covariance_whitening can be folded into the weights by fold_activation_whitening of SAELens, and '
+      "for constant_norm_rescale, set it to 'none' and give the SAE inputs of norm sqrt(d_in)"
     )
   if not (path / _SCALER).is_file():
     raise ValueError(
