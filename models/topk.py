@@ -47,9 +47,9 @@ def local_topk(x_bl: jax.Array, k: int, bias_l: jax.Array | None = None) -> tupl
   """
   n_rows, n_latents = x_bl.shape
   n_groups = n_latents // GROUP_SIZE
-  summed = lambda x, chosen: x if bias_l is None else x + bias_l.at[chosen].get(mode='promise_in_bounds')
+  plain = lambda: _topk(x_bl if bias_l is None else x_bl + bias_l, k)
   if n_latents % GROUP_SIZE or n_groups < MIN_GROUPS_PER_K * k:
-    return _topk(summed(x_bl, jnp.arange(n_latents)), k)
+    return plain()
   members = [slice(i * n_groups, (i + 1) * n_groups) for i in range(GROUP_SIZE)]
   # One loop over the rows; a reduction would have the sum, or the reshaped rows, written to memory first.
   maxima = functools.reduce(jnp.maximum, [x_bl[:, i] if bias_l is None else x_bl[:, i] + bias_l[i] for i in members])
@@ -59,11 +59,12 @@ def local_topk(x_bl: jax.Array, k: int, bias_l: jax.Array | None = None) -> tupl
     groups_bk = _ascending(groups[:, :k])
     candidates_bc = (n_groups * jnp.arange(GROUP_SIZE)[:, None] + groups_bk[:, None, :]).reshape(n_rows, -1)
     candidate_values = jnp.take_along_axis(x_bl, candidates_bc, axis=1, mode='promise_in_bounds')
-    values_bk, places_bk = _topk(summed(candidate_values, candidates_bc), k)
+    if bias_l is not None:
+      candidate_values += bias_l.at[candidates_bc].get(mode='promise_in_bounds')
+    values_bk, places_bk = _topk(candidate_values, k)
     return values_bk, jnp.take_along_axis(candidates_bc, places_bk, axis=1, mode='promise_in_bounds')
 
-  tied = jnp.any(maxima[:, k - 1] == maxima[:, k])
-  return jax.lax.cond(tied, lambda _: _topk(summed(x_bl, jnp.arange(n_latents)), k), two_stages, None)
+  return jax.lax.cond(jnp.any(maxima[:, k - 1] == maxima[:, k]), lambda _: plain(), two_stages, None)
 
 
 def _keys(values):

@@ -1,8 +1,8 @@
-"""What an SAE is trained on: normalised MSE at one or several k and AuxK, with their gradients, in one shard_map.
+"""The recipe of Gao et al. 2024 on sharded latents: TopK or Multi-TopK with AuxK, metrics, gradients and dead clock.
 
-Takes an SAE and normalised activations x_bd, gives metrics, gradients and the dead clock. Tokens are cut over `data`,
-latents over `model`; between shards travel the top-k candidates, the reconstructions and the gradients, never [batch,
-latent].
+The gradients are written out, on the few latents that win and never on [batch, latent], in one shard_map: tokens are
+cut over `data`, latents over `model`; between shards travel the top-k candidates, the reconstructions and the
+gradients.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jax_interp.sae.sparse import sparse_dot, weighted_sum
+from jax_interp.sae import kernels
 from models.sae import SparseAutoencoder
 from models.topk import local_topk, scatter_mask, wins
 
-ENCODE_ROWS = 1024  # tokens encoded at a time, so that pre-activations of the whole batch are never allocated
 AUXK_BUCKET_RATIO = 8  # every bucket is compiled
+PARITY_FIRED = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,23 @@ class TopK:
     levels: pairs of k and weight, the SAE's own k first: ((k, 1),) is TopK, ((k, 1), (4 * k, 1 / 8)) is Multi-TopK.
     auxk: dead latents that reconstruct the error together; a power of two near d / 2. 0 turns AuxK off.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    kernels: 'sparse' or 'dense'; `kernels.fastest` measures which is faster.
+    dtype: of the products that choose candidates, 'float32' or 'bfloat16'; see `kernels.select_topk`.
+    parity: do as OpenAI's released trainer where ours differs, to compare with it. A latent fires above 1e-3, and its
+      clock then says one batch, not 0; with nothing dead, AuxK still draws the bias towards the mean error; the decoder
+      is brought to unit norm before Adam, not after, so that it is a step off; the average takes up the weights from
+      before the step.
   """
 
   levels: tuple[tuple[int, float], ...]
   auxk: int
   auxk_coef: float = 1 / 32
   dead_tokens: int = 10_000_000
+  kernels: str = 'sparse'
+  dtype: str = 'float32'
+  parity: bool = False
   unit_norm: ClassVar[bool] = True
+  scales_rows: ClassVar[bool] = True
 
   def loss_and_grads(
     self,
@@ -46,6 +56,7 @@ class TopK:
     tokens_since_fired_l: jax.Array,
     mse_scale: jax.Array,
     step: jax.Array,
+    row_scale_l: jax.Array | None = None,
   ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
     """Returns metrics, the dead clock after this batch, and the gradients of the loss.
 
@@ -57,8 +68,18 @@ class TopK:
         OpenAI's threshold of 1e-3 depends on the input's scale, and the normalisations differ by sqrt(d - 1).
       mse_scale: 1 / `variance` of a sample, frozen.
       step: not used.
+      row_scale_l: what brings the decoder's rows to norm 1. Given, the decoder's gradient is that of the rows so
+        multiplied, without its component along them, and the metrics have grad_norm.
     """
-    return _loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale)
+    specs = partition_specs(sae)
+    batch_spec = P('data', None) if _several('data') else P()
+    run = jax.shard_map(
+      functools.partial(_loss_and_grads, self),
+      in_specs=(specs, batch_spec, batch_spec, P('model'), P(), P() if row_scale_l is None else P('model')),
+      out_specs=(P(), P('model'), specs),
+      axis_names={'data', 'model'} if _several('data') else {'model'},
+    )
+    return run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, row_scale_l)
 
 
 def partition_specs(tree):
@@ -72,101 +93,143 @@ def variance(x_bd: jax.Array) -> jax.Array:
   return jnp.mean((x_bd - x_bd.mean(0)) ** 2)
 
 
+def _several(axis):
+  return jax.sharding.get_abstract_mesh().shape[axis] > 1
+
+
+def _over_data(collective, tree):
+  """Applies psum, pmean or pmax over `data`, if there are several of it: over one device it would be a copy."""
+  return collective(tree, 'data') if _several('data') else tree
+
+
 def _mse(error_bd):
-  return jax.lax.pmean(jnp.mean(error_bd**2), 'data')
+  return _over_data(jax.lax.pmean, jnp.mean(error_bd**2))
 
 
-def _candidates(centred_bd, encoder_ld, latent_bias_l, k):
-  """Returns values and indices [b, k] of this shard's largest pre-activations."""
+def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, row_scale_l):
+  run = kernels.KERNELS[recipe.kernels]
+  encoder_ld, decoder_ld, latent_bias_l = sae.encoder[...], sae.decoder[...], sae.latent_bias[...]
+  bias_d = (sae.out_bias if sae.is_transcoder else sae.pre_bias)[...]
+  centred_bd = x_bd - sae.pre_bias[...]
+  constant_bd = bias_d if sae.skip is None else bias_d + centred_bd @ sae.skip[...].T
+  n_tokens = len(x_bd) * jax.sharding.get_abstract_mesh().shape['data']
 
-  def topk(rows_bd):
-    return local_topk(rows_bd @ encoder_ld.T + latent_bias_l, min(k, len(encoder_ld)))
+  ks = tuple(k for k, _ in recipe.levels)
+  k_local = min(max(ks), len(encoder_ld))
+  preacts_bk, indices_bk = kernels.select_topk(run, centred_bd, encoder_ld, latent_bias_l, k_local, recipe.dtype)
+  masks = wins(preacts_bk, ks)
+  values_bk = jax.nn.relu(preacts_bk)
 
-  if len(centred_bd) % ENCODE_ROWS:
-    return topk(centred_bd)
-  blocks = jax.lax.map(topk, centred_bd.reshape(-1, ENCODE_ROWS, centred_bd.shape[1]))
-  return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), blocks)
+  losses, errors, updates = [], [], []
+  for (k, weight), mask_bk in zip(recipe.levels, masks, strict=True):
+
+    def grad_of(local_bd, weight=weight):
+      error_bd = target_bd - (jax.lax.psum(local_bd, 'model') + constant_bd)
+      return -2 * weight * mse_scale / (n_tokens * error_bd.shape[1]) * error_bd, error_bd
+
+    # In a shard's descending candidates the winners come first, so no more than k need a look.
+    kept_bk, level_bk = jnp.where(mask_bk, values_bk, 0)[:, :k], indices_bk[:, :k]
+    dz_bk, grad_bd, error_bd = kernels.decode_and_dz(run, kept_bk, decoder_ld, row_scale_l, level_bk, grad_of)
+    updates.append((kept_bk, jnp.where(kept_bk > 0, dz_bk, 0), level_bk, centred_bd, grad_bd))
+    errors.append(error_bd)
+    losses.append(mse_scale * _mse(error_bd))
+
+  fired_bk = masks[0] & (values_bk > (PARITY_FIRED if recipe.parity else 0))
+  fired_l = jnp.zeros(len(encoder_ld), jnp.int32).at[indices_bk].max(fired_bk.astype(jnp.int32))
+  fired_l = _over_data(jax.lax.pmax, fired_l)
+  # The clock stops long before int32 overflows.
+  unfired_l = jnp.minimum(tokens_since_fired_l, 2**30) + n_tokens
+  tokens_since_fired_l = jnp.where(fired_l > 0, n_tokens if recipe.parity else 0, unfired_l)
+  dead_l = tokens_since_fired_l > recipe.dead_tokens
+
+  auxk = jnp.zeros(())
+  grads = kernels.Gradients(*map(jnp.zeros_like, (encoder_ld, decoder_ld, latent_bias_l, latent_bias_l)))
+  bias_grad_d = sum(grad_bd.sum(0) for *_, grad_bd in updates)
+  if recipe.auxk:
+    params = encoder_ld, decoder_ld, latent_bias_l, bias_d
+    auxk, grads, auxk_bias_grad_d = _auxk(recipe, params, row_scale_l, centred_bd, errors[0], dead_l)
+    bias_grad_d += auxk_bias_grad_d
+  for update in updates:
+    grads = kernels.sparse_update(run, grads, *update)
+  grads, bias_grad_d = _over_data(jax.lax.psum, (grads, bias_grad_d))
+
+  # A gradient of [batch, d] is not needed: what the encoder read is x - pre_bias for every token.
+  # All that is read is read before the gradients are used, or weights would be copied before they change, and squares
+  # be written to memory for the norm and for Adam alike.
+  squares_l = sum(jnp.einsum('ld,ld->l', g, g) for g in grads[:2]) + grads.latent_bias_l**2 - grads.along_l**2
+  read_d, squares_l, grads = jax.lax.optimization_barrier((grads.latent_bias_l @ encoder_ld, squares_l, grads))
+  pre_bias_grad_d = -jax.lax.psum(read_d, 'model')
+  grads_of = jax.tree.map(jnp.zeros_like, sae)
+  grads_of.encoder[...], grads_of.decoder[...], grads_of.latent_bias[...] = grads[:3]
+  if not sae.is_transcoder:
+    pre_bias_grad_d += bias_grad_d
+  else:
+    grads_of.out_bias[...] = bias_grad_d
+  if sae.skip is not None:
+    grad_bd = sum(grad_bd for *_, grad_bd in updates)
+    skip_grad_dd, grad_d = _over_data(jax.lax.psum, (grad_bd.T @ centred_bd, grad_bd.sum(0)))
+    grads_of.skip[...] = skip_grad_dd
+    pre_bias_grad_d -= grad_d @ sae.skip[...]
+  grads_of.pre_bias[...] = pre_bias_grad_d
+
+  total = sum(weight * x for (_, weight), x in zip(recipe.levels, losses, strict=True)) + recipe.auxk_coef * auxk
+  n_fired = _over_data(jax.lax.psum, jax.lax.psum((masks[0] & (values_bk > 0)).sum(), 'model'))
+  n_dead = jax.lax.psum(dead_l.sum(), 'model')
+  metrics = {'loss': total, 'auxk': auxk, 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
+  if row_scale_l is not None:
+    grads_of.decoder[...] -= (grads.along_l * row_scale_l)[:, None] * decoder_ld
+    whole = jax.tree.map(lambda x: jnp.sum(x**2), (grads_of.pre_bias, grads_of.out_bias, grads_of.skip))
+    metrics['grad_norm'] = (sum(jax.tree.leaves(whole)) + jax.lax.psum(squares_l.sum(), 'model')) ** 0.5
+  return metrics, tokens_since_fired_l, grads_of
 
 
-def _auxk(params, centred_bd, error_bd, dead_l, auxk):
-  """The normalised MSE of reconstructing the error by the auxk largest dead latents; 0, at no cost, when none is dead.
+def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
+  """The normalised MSE of reconstructing the error by the auxk largest dead latents, and auxk_coef times its gradients.
 
-  As in OpenAI's trainer the reconstruction includes pre_bias, which is added to the target as a constant, and the
+  As in OpenAI's trainer the reconstruction includes the bias, which is added to the target as a constant, and the
   denominator is the error's variance over the batch. The dead latents are compacted into the smallest bucket that holds
-  them, and are encoded and decoded densely: gathering auxk rows a token would move far more.
+  them, and are encoded and decoded densely: gathering auxk rows a token would move far more. With none dead it is 0 and
+  costs the gradients' zeros, which the others are added to.
   """
-  encoder_ld, decoder_ld, pre_bias_d, latent_bias_l = params
-  n_local, n_shards = len(encoder_ld), jax.lax.axis_size('model')
-  target_bd = error_bd + jax.lax.stop_gradient(pre_bias_d)
-  target_variance = _mse(target_bd - jax.lax.pmean(target_bd.mean(0), 'data'))
+  # What meets the batch is marked as varying over it, so that its gradient is summed over `data` once, at the end.
+  *weights, bias_d = (jax.lax.pcast(p, 'data', to='varying') for p in params) if _several('data') else params
+  n_local, n_shards = len(dead_l), jax.lax.axis_size('model')
+  target_bd = error_bd + jax.lax.stop_gradient(bias_d)
+  target_variance = _mse(target_bd - _over_data(jax.lax.pmean, target_bd.mean(0)))
 
-  def loss(n_bucket):
-    (dead_c,) = jnp.nonzero(dead_l, size=n_bucket, fill_value=n_local)
-    encoder_cd, decoder_cd, latent_bias_c = (
-      w.at[dead_c].get(mode='fill', fill_value=0) for w in (encoder_ld, decoder_ld, latent_bias_l)
-    )
+  def loss(encoder_cd, decoder_cd, latent_bias_c, bias_d):
+    n_bucket = len(encoder_cd)
     latents_bc = jax.nn.relu(centred_bd @ encoder_cd.T + latent_bias_c)
-    if n_bucket * n_shards > auxk:
-      values_bk, indices_bk = local_topk(jax.lax.stop_gradient(latents_bc), min(auxk, n_bucket))
-      (mask_bk,) = wins(values_bk, (auxk,))
+    if n_bucket * n_shards > recipe.auxk:
+      values_bk, indices_bk = local_topk(jax.lax.stop_gradient(latents_bc), min(recipe.auxk, n_bucket))
+      (mask_bk,) = wins(values_bk, (recipe.auxk,))
       latents_bc = jnp.where(scatter_mask(indices_bk, mask_bk, n_bucket), latents_bc, 0)
-    recons_bd = jax.lax.psum(latents_bc @ decoder_cd, 'model') + pre_bias_d
-    return jnp.where(target_variance > 0, _mse(recons_bd - target_bd) / target_variance, 0)
+    recons_bd = jax.lax.psum(latents_bc @ decoder_cd, 'model') + bias_d
+    auxk = jnp.where(target_variance > 0, _mse(recons_bd - target_bd) / target_variance, 0)
+    return recipe.auxk_coef * auxk, auxk
 
-  buckets = [0, auxk]
+  def with_bucket(n_bucket):
+    (dead_c,) = jnp.nonzero(dead_l, size=n_bucket, fill_value=n_local)
+    chosen = lambda w: w.at[dead_c].get(mode='fill', fill_value=0)
+    encoder_cd, decoder_cd, latent_bias_c = map(chosen, weights)
+    if row_scale_l is not None:
+      decoder_cd *= chosen(row_scale_l)[:, None]
+    grad = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+    (*compact, bias_grad_d), auxk = grad(encoder_cd, decoder_cd, latent_bias_c, bias_d)
+    compact.append(jnp.einsum('cd,cd->c', compact[1], decoder_cd))
+    placed = lambda w, g: jnp.zeros_like(w).at[dead_c].set(g, mode='drop')
+    return auxk, kernels.Gradients(*map(placed, (*weights, weights[2]), compact)), bias_grad_d
+
+  def with_none():
+    auxk, bias_grad_d = jnp.zeros(()), jnp.zeros_like(bias_d)
+    if recipe.parity:
+      grad = jax.grad(lambda bias_d: loss(*(w[:0] for w in weights), bias_d), has_aux=True)
+      bias_grad_d, auxk = grad(bias_d)
+    return auxk, kernels.Gradients(*map(jnp.zeros_like, (*weights, weights[2]))), bias_grad_d
+
+  buckets = [0, recipe.auxk]
   while buckets[-1] * AUXK_BUCKET_RATIO < n_local:
     buckets.append(buckets[-1] * AUXK_BUCKET_RATIO)
-  branches = [lambda: jnp.zeros(()), *(functools.partial(loss, min(n, n_local)) for n in buckets[1:] + [n_local])]
+  branches = [with_none, *(functools.partial(with_bucket, min(n, n_local)) for n in buckets[1:] + [n_local])]
   n_dead = jax.lax.pmax(dead_l.sum(), 'model')
   return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), n_dead), branches)
-
-
-def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale):
-  specs = partition_specs(sae)
-  ks = tuple(k for k, _ in recipe.levels)
-
-  def loss(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale):
-    # What meets the batch is marked as varying over it, so that its gradient is summed over `data` once, at the end.
-    encoder_ld, decoder_ld, latent_bias_l = (
-      jax.lax.pcast(p[...], 'data', to='varying') for p in (sae.encoder, sae.decoder, sae.latent_bias)
-    )
-    pre_bias_d = sae.pre_bias[...]
-    centred_bd = x_bd - jax.lax.pcast(pre_bias_d, ('data', 'model'), to='varying')
-
-    preacts_bk, indices_bk = _candidates(*map(jax.lax.stop_gradient, (centred_bd, encoder_ld, latent_bias_l)), max(ks))
-    masks = wins(preacts_bk, ks)
-    values_bk = jax.nn.relu(sparse_dot(centred_bd, encoder_ld, indices_bk) + latent_bias_l[indices_bk])
-    losses, errors = [], []
-    for mask_bk in masks:
-      local_bd = weighted_sum(jnp.where(mask_bk, values_bk, 0), decoder_ld, indices_bk)
-      errors.append(target_bd - (jax.lax.psum(local_bd, 'model') + pre_bias_d))
-      losses.append(mse_scale * _mse(errors[-1]))
-
-    fired_bk = masks[0] & (values_bk > 0)
-    n_fired = jax.lax.psum(fired_bk.sum(), ('data', 'model'))
-    n_tokens = len(x_bd) * jax.lax.axis_size('data')
-    fired_l = jax.lax.pmax(jnp.zeros(len(encoder_ld), jnp.int32).at[indices_bk].max(fired_bk.astype(jnp.int32)), 'data')
-    # The clock stops long before int32 overflows.
-    tokens_since_fired_l = jnp.where(fired_l > 0, 0, jnp.minimum(tokens_since_fired_l, 2**30) + n_tokens)
-    dead_l = tokens_since_fired_l > recipe.dead_tokens
-
-    auxk = jnp.zeros(())
-    if recipe.auxk:
-      params = encoder_ld, decoder_ld, pre_bias_d, latent_bias_l
-      auxk = _auxk(params, centred_bd, jax.lax.stop_gradient(errors[0]), dead_l, recipe.auxk)
-    total = sum(weight * x for (_, weight), x in zip(recipe.levels, losses, strict=True))
-    total += recipe.auxk_coef * auxk
-    n_dead = jax.lax.psum(dead_l.sum(), 'model')
-    metrics = {'loss': total, 'auxk': auxk, 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
-    return total, (metrics, tokens_since_fired_l)
-
-  @functools.partial(
-    jax.shard_map,
-    in_specs=(specs, P('data', None), P('data', None), P('model'), P()),
-    out_specs=(P(), P('model'), specs),
-  )
-  def run(*args):
-    (_, (metrics, tokens_since_fired_l)), grads = jax.value_and_grad(loss, has_aux=True)(*args)
-    return metrics, tokens_since_fired_l, grads
-
-  return run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale)

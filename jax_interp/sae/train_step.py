@@ -3,7 +3,7 @@
 The order within a step: loss and gradients with a decoder of exactly unit norm; the decoder's gradient loses its
 component along each row; clip and Adam; the decoder's rows return to unit norm; the average takes up the new weights.
 OpenAI's trainer renormalises before Adam and averages the old weights, so that its decoder is one Adam step off unit
-norm; here it never is.
+norm; here it never is, unless a recipe asks for parity.
 """
 
 import functools
@@ -25,6 +25,9 @@ class Recipe(Protocol):
 
   Attributes:
     unit_norm: the decoder's rows are kept at norm 1, and its gradient loses its component along each row.
+    scales_rows: where it has that and it is true, `loss_and_grads` takes the factors that bring the decoder's rows to
+      norm 1, so that they need not be multiplied out, and does the projection; see `losses.TopK`.
+    parity: where it has that and it is true, the order within a step is that of OpenAI's trainer.
   """
 
   unit_norm: bool
@@ -62,15 +65,6 @@ class TrainState(NamedTuple):
   mse_scale: jax.Array
   step: jax.Array
   threshold: jax.Array  # the average of the recipe's, 0 where it has none
-
-
-@functools.cache  # it is static to `train_steps`: equal settings must be the same object, or that compiles again
-def adam(
-  learning_rate: float, warmup_steps: int, eps: float = 6.25e-10, clip: float = 0
-) -> optax.GradientTransformation:
-  """Returns Adam with a linear warm-up to a constant rate, after a clip of the global norm where `clip` is above 0."""
-  schedule = lambda step: learning_rate * jnp.minimum(1, (step + 1) / max(warmup_steps, 1))
-  return optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.adam(schedule, eps=eps))
 
 
 def init_state(
@@ -132,36 +126,63 @@ def train_steps(
   Args:
     state: donated.
     acts_sbd: raw activations, the batch divisible by the `data` axis.
-    tx: from `adam`.
+    tx: from `optimizer.adam`.
     objective: what is minimised.
     ema: the decay of the average of the weights, 0 for none; as given to `init_state`.
     targets_sbd: what is reconstructed instead of acts_sbd, by a transcoder.
   """
   on_data = lambda x_bd: x_bd if x_bd is None else jax.lax.with_sharding_constraint(x_bd, P('data', None))
 
-  def step(state, batch):
+  unit_norm, parity = objective.unit_norm, getattr(objective, 'parity', False)
+  lazy = unit_norm and getattr(objective, 'scales_rows', False) and not parity
+
+  def step(carry, batch):
+    state, row_scale_l = carry
     acts_bd, targets_bd = batch
-    x_bd, target_bd = _normalized(state.sae, on_data(acts_bd), on_data(targets_bd))
+    sae = state.sae
+    x_bd, target_bd = _normalized(sae, on_data(acts_bd), on_data(targets_bd))
     metrics, tokens_since_fired_l, grads = objective.loss_and_grads(
-      state.sae, x_bd, target_bd, state.tokens_since_fired_l, state.mse_scale, state.step
+      sae, x_bd, target_bd, state.tokens_since_fired_l, state.mse_scale, state.step, *([row_scale_l] if lazy else [])
     )
-    if objective.unit_norm:
-      decoder_ld = state.sae.decoder[...]
-      along_l1 = jnp.sum(grads.decoder[...] * decoder_ld, axis=1, keepdims=True)
-      grads.decoder[...] -= along_l1 * decoder_ld
-    metrics['grad_norm'] = optax.tree.norm(grads)
-    updates, opt = tx.update(grads, state.opt, state.sae)
-    sae = optax.apply_updates(state.sae, updates)
-    if objective.unit_norm:
-      sae.decoder[...] = unit_rows(sae.decoder[...])
-    average = state.ema and jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.ema, sae)
+    if lazy:
+      sae.decoder[...] *= row_scale_l[:, None]
+    elif unit_norm:
+      if parity:
+        sae.decoder[...] = unit_rows(sae.decoder[...])
+      along_l1 = jnp.sum(grads.decoder[...] * sae.decoder[...], axis=1, keepdims=True)
+      grads.decoder[...] -= along_l1 * sae.decoder[...]
+    metrics.setdefault('grad_norm', optax.tree.norm(grads))
+    updates, opt = tx.update(grads, state.opt, sae)
+    new_sae = optax.apply_updates(sae, updates)
+    if lazy:
+      row_scale_l = _row_scale(new_sae)
+    elif unit_norm and not parity:
+      new_sae.decoder[...] = unit_rows(new_sae.decoder[...])
+    average = state.ema
+    if average is not None:
+      taken = sae if parity else _scaled(new_sae, row_scale_l)
+      average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, average, taken)
     threshold = state.threshold
     if 'threshold' in metrics:
       threshold += (metrics['threshold'] - threshold) * jnp.maximum(1 - THRESHOLD_DECAY, 1 / (state.step + 1))
-    state = TrainState(sae, opt, average, tokens_since_fired_l, state.mse_scale, state.step + 1, threshold)
-    return _constrain(state), metrics
+    state = TrainState(new_sae, opt, average, tokens_since_fired_l, state.mse_scale, state.step + 1, threshold)
+    return (_constrain(state), row_scale_l), metrics
 
-  return jax.lax.scan(step, state, (acts_sbd, targets_sbd))
+  row_scale_l = _row_scale(state.sae) if lazy else None
+  (state, row_scale_l), metrics = jax.lax.scan(step, (state, row_scale_l), (acts_sbd, targets_sbd))
+  return state._replace(sae=_scaled(state.sae, row_scale_l)), metrics
+
+
+def _row_scale(sae):
+  return jax.lax.with_sharding_constraint(1 / jnp.linalg.norm(sae.decoder[...], axis=1), P('model'))
+
+
+def _scaled(sae, row_scale_l):
+  """Returns the SAE with its decoder's rows multiplied."""
+  sae = jax.tree.map(lambda x: x, sae)  # not to change the caller's
+  if row_scale_l is not None:
+    sae.decoder[...] *= row_scale_l[:, None]
+  return sae
 
 
 def trained_sae(state: TrainState, ema: float = 0, unit_norm: bool = True) -> SparseAutoencoder:

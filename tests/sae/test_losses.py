@@ -10,7 +10,7 @@ from models import sae, sharding
 from models.activation_functions import TopK
 
 B, D, L, K = 16, 12, 128, 4
-MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
+MESHES = [(1, 1), (2, 1), (1, 4), (2, 4), (1, 8)]
 TOPK, MULTI_TOPK = ((K, 1.0),), ((K, 1.0), (4 * K, 1 / 8))
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 2, size=(B, D)).astype(np.float32)
@@ -30,35 +30,50 @@ CLOCKS['few'][SILENT[:3]] = DEAD
 CLOCKS['many'][SILENT] = DEAD
 
 
-def dense_loss(params, x_bd, dead_l, levels, auxk, auxk_coef):
+def dense_loss(params, x_bd, target_bd, dead_l, levels, auxk, auxk_coef):
   """TopK, Multi-TopK and AuxK (Gao et al. 2024, as in train.py of OpenAI's sparse_autoencoder), dense.
 
   The only trick is the mask of the k largest.
   """
   top = lambda z, k: jnp.where(z >= jnp.sort(z, axis=1)[:, -k, None], jax.nn.relu(z), 0)
-  preacts_bl = (x_bd - params['pre_bias']) @ params['encoder'].T + params['latent_bias']
+  centred_bd = x_bd - params['pre_bias']
+  bias = params.get('out_bias', params['pre_bias'])
+  constant_bd = bias + centred_bd @ params['skip'].T if 'skip' in params else bias
+  preacts_bl = centred_bd @ params['encoder'].T + params['latent_bias']
   total = 0
   for k, weight in levels:
-    recons_bd = top(preacts_bl, k) @ params['decoder'] + params['pre_bias']
-    total += weight * MSE_SCALE * jnp.mean((recons_bd - x_bd) ** 2)
+    recons_bd = top(preacts_bl, k) @ params['decoder'] + constant_bd
+    total += weight * MSE_SCALE * jnp.mean((recons_bd - target_bd) ** 2)
     if k == K:
-      target_bd = x_bd - jax.lax.stop_gradient(recons_bd) + jax.lax.stop_gradient(params['pre_bias'])
+      error_bd = target_bd - jax.lax.stop_gradient(recons_bd) + jax.lax.stop_gradient(bias)
   if dead_l.any():
-    aux_bd = top(jnp.where(dead_l, jax.nn.relu(preacts_bl), 0), auxk) @ params['decoder'] + params['pre_bias']
-    variance = jnp.mean((target_bd.mean(0) - target_bd) ** 2)
-    total += auxk_coef * jnp.mean((aux_bd - target_bd) ** 2) / variance
+    aux_bd = top(jnp.where(dead_l, jax.nn.relu(preacts_bl), 0), auxk) @ params['decoder'] + bias
+    variance = jnp.mean((error_bd.mean(0) - error_bd) ** 2)
+    total += auxk_coef * jnp.mean((aux_bd - error_bd) ** 2) / variance
   return total
 
 
-def ours(mesh, clock, objective):
+def ours(mesh, clock, objective, params=PARAMS, target=X, row_scale=None):
   with jax.set_mesh(sharding.make_mesh(*mesh)):
-    dims = {'encoder': 'latent d', 'decoder': 'latent d', 'pre_bias': 'd', 'latent_bias': 'latent'}
-    model = sae.SparseAutoencoder(
-      **{name: sharding.place(value.astype(np.float32), dims[name]) for name, value in PARAMS.items()},
-      activation=TopK(K),
-    )
-    metrics, clock, grads = jax.jit(objective.loss_and_grads)(model, X, X, clock, MSE_SCALE, 0)
-    return metrics, np.asarray(clock), {name: np.asarray(getattr(grads, name)[...]) for name in PARAMS}
+    dims = {'encoder': 'latent d', 'decoder': 'latent d', 'latent_bias': 'latent', 'skip': 'd d'}
+    placed = {name: sharding.place(value.astype(np.float32), dims.get(name, 'd')) for name, value in params.items()}
+    model = sae.SparseAutoencoder(**placed, activation=TopK(K))
+    metrics, clock, grads = jax.jit(objective.loss_and_grads)(model, X, target, clock, MSE_SCALE, 0, row_scale)
+    return metrics, np.asarray(clock), {name: np.asarray(getattr(grads, name)[...]) for name in params}
+
+
+def expected(params, target, new_clock, levels):
+  with jax.enable_x64(True):
+    params = {name: jnp.asarray(value.astype(np.float32), jnp.float64) for name, value in params.items()}
+    x_bd, target_bd = jnp.asarray(X, jnp.float64), jnp.asarray(target, jnp.float64)
+    return jax.value_and_grad(dense_loss)(params, x_bd, target_bd, new_clock > DEAD, levels, 8, 0.5)
+
+
+def check(grads, expected_grads):
+  for name, grad in grads.items():
+    # A few float32 roundings of the largest entry: entries are sums over the batch.
+    atol = 2e-6 * np.abs(expected_grads[name]).max()
+    np.testing.assert_allclose(grad, expected_grads[name], atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize('shape', MESHES, ids=str)
@@ -67,15 +82,45 @@ def test_losses_and_gradients_equal_dense_autodiff_in_float64(shape, levels):
   objective = losses.TopK(levels, auxk=8, auxk_coef=0.5, dead_tokens=DEAD)
   for clock in CLOCKS.values():
     metrics, new_clock, grads = ours(shape, clock, objective)
-    with jax.enable_x64(True):
-      params = {name: jnp.asarray(value.astype(np.float32), jnp.float64) for name, value in PARAMS.items()}
-      x_bd = jnp.asarray(X, jnp.float64)
-      loss, expected = jax.value_and_grad(dense_loss)(params, x_bd, new_clock > DEAD, levels, 8, 0.5)
+    loss, expected_grads = expected(PARAMS, X, new_clock, levels)
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
-    for name, grad in grads.items():
-      # A few float32 roundings of the largest entry: entries are sums over the batch.
-      np.testing.assert_allclose(grad, expected[name], atol=2e-6 * np.abs(expected[name]).max(), err_msg=name)
+    check(grads, expected_grads)
     assert metrics['dead'] == (clock == DEAD).sum()
+
+
+@pytest.mark.parametrize('options', [{'kernels': 'dense'}, {'dtype': 'bfloat16'}], ids=['dense', 'bfloat16'])
+def test_kernels_and_rounded_candidates_change_nothing(options):
+  objective = losses.TopK(MULTI_TOPK, auxk=8, auxk_coef=0.5, dead_tokens=DEAD, **options)
+  metrics, new_clock, grads = ours((2, 2), CLOCKS['few'], objective)
+  loss, expected_grads = expected(PARAMS, X, new_clock, MULTI_TOPK)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+  check(grads, expected_grads)
+
+
+@pytest.mark.parametrize('skip', [False, True])
+def test_a_transcoder_learns_its_target(mesh, skip):
+  params = PARAMS | {'out_bias': RNG.normal(size=D), **({'skip': RNG.normal(size=(D, D)) / 4} if skip else {})}
+  target = RNG.normal(size=(B, D)).astype(np.float32)
+  objective = losses.TopK(MULTI_TOPK, auxk=8, auxk_coef=0.5, dead_tokens=DEAD)
+  metrics, new_clock, grads = ours(tuple(mesh.shape.values()), CLOCKS['few'], objective, params, target)
+  loss, expected_grads = expected(params, target, new_clock, MULTI_TOPK)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+  check(grads, expected_grads)
+
+
+def test_a_decoder_scaled_row_by_row_has_the_gradient_across_the_scaled_rows(mesh):
+  scale_l = (1 / np.linalg.norm(PARAMS['decoder'], axis=1)).astype(np.float32)
+  unit = PARAMS | {'decoder': PARAMS['decoder'] * scale_l.astype(np.float64)[:, None]}
+  objective = losses.TopK(MULTI_TOPK, auxk=8, auxk_coef=0.5, dead_tokens=DEAD)
+  shape = tuple(mesh.shape.values())
+  metrics, new_clock, grads = ours(shape, CLOCKS['few'], objective, row_scale=scale_l)
+  loss, expected_grads = expected(unit, X, new_clock, MULTI_TOPK)
+  along_l1 = np.sum(expected_grads['decoder'] * unit['decoder'], axis=1, keepdims=True)
+  expected_grads['decoder'] -= along_l1 * unit['decoder']
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+  check(grads, expected_grads)
+  norm = np.sqrt(sum(np.sum(np.square(g)) for g in expected_grads.values()))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
 
 
 def test_auxk_reaches_the_encoder_of_dead_latents_and_only_theirs():

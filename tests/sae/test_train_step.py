@@ -5,9 +5,8 @@ import re
 import jax
 import numpy as np
 import optax
-import pytest
 
-from jax_interp.sae import losses, train_step
+from jax_interp.sae import losses, optimizer, train_step
 from models import sae, sharding
 
 S, B, D, L, K = 3, 64, 24, 512, 4
@@ -32,9 +31,9 @@ def weights(model):
 
 
 def test_losses_and_weights_are_the_same_on_every_mesh():
-  tx = train_step.adam(1e-3, warmup_steps=2, clip=1.0)
+  tx = optimizer.adam(1e-3, warmup_steps=2, clip=1.0)
   results = []
-  for shape in [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]:
+  for shape in [(1, 1), (2, 1), (1, 4), (2, 4), (1, 8)]:
     with jax.set_mesh(sharding.make_mesh(*shape)):
       state, metrics = train_step.train_steps(start(tx), activations(1), tx, OBJECTIVE, EMA)
       results.append((jax.device_get(metrics), weights(train_step.trained_sae(state, EMA))))
@@ -50,7 +49,7 @@ def test_losses_and_weights_are_the_same_on_every_mesh():
 
 
 def test_new_values_do_not_retrace_and_the_state_stays_where_it_is():
-  tx = train_step.adam(1e-3, warmup_steps=2)
+  tx = optimizer.adam(1e-3, warmup_steps=2)
   with jax.set_mesh(sharding.make_mesh(2, 2)):
     before = train_step.train_steps._cache_size()
     state = start(tx)
@@ -66,7 +65,7 @@ def test_new_values_do_not_retrace_and_the_state_stays_where_it_is():
 
 
 def test_no_collective_moves_pre_activations_and_nothing_is_sorted():
-  tx = train_step.adam(1e-3, warmup_steps=2)
+  tx = optimizer.adam(1e-3, warmup_steps=2)
   with jax.set_mesh(sharding.make_mesh(2, 2)):
     objective = losses.TopK(OBJECTIVE.levels, auxk=0)
     hlo = train_step.train_steps.lower(start(tx), activations(1), tx, objective, EMA).compile().as_text()
@@ -95,7 +94,7 @@ def test_the_decoder_keeps_unit_norm_and_its_update_is_across_its_rows(mesh):
 
 
 def test_training_lowers_the_loss_and_the_average_follows():
-  tx = train_step.adam(3e-3, warmup_steps=5)
+  tx = optimizer.adam(3e-3, warmup_steps=5)
   with jax.set_mesh(sharding.make_mesh(2, 2)):
     state, metrics = train_step.train_steps(start(tx), activations(3, 60), tx, OBJECTIVE, EMA)
   loss = np.asarray(metrics['normalized_mse'])
@@ -105,20 +104,10 @@ def test_training_lowers_the_loss_and_the_average_follows():
 
 
 def test_the_average_is_corrected_for_its_start_and_has_unit_rows(mesh):
-  state = start(train_step.adam(1e-3, warmup_steps=0))
+  state = start(optimizer.adam(1e-3))
   expected = weights(state.sae)
   average = jax.tree.map(lambda x: (1 - EMA**3) * x, state.sae)  # three steps that changed nothing
   average.decoder[...] *= 0.99  # rows that turned: their mean is shorter than they
   kept = weights(train_step.trained_sae(state._replace(ema=average, step=3), EMA))
   for name in sae.PARAMETERS:
     np.testing.assert_allclose(kept[name], expected[name], rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize(('step', 'expected'), [(0, 0.25), (1, 0.5), (3, 1), (9, 1)])
-def test_the_rate_warms_up_to_a_constant(step, expected):
-  tx = train_step.adam(1.0, warmup_steps=4)
-  params, grads = {'x': np.ones(3, np.float32)}, {'x': np.ones(3, np.float32)}
-  state = tx.init(params)
-  for _ in range(step + 1):
-    updates, state = tx.update(grads, state, params)
-  np.testing.assert_allclose(updates['x'], -expected, rtol=1e-4)  # constant gradients: Adam's step is the rate

@@ -1,0 +1,230 @@
+"""What a sparse training step is made of, on one shard of latents: select_topk, decode_and_dz, sparse_update.
+
+Each works on [b, k]: the values and the indices of a token's k candidates. `sparse` reads and writes only their rows,
+`dense` multiplies [b, latent] matrices that are 0 elsewhere; which is faster is a matter of n_latents / k and of the
+machine, and `fastest` measures it. Both give the same numbers, up to the order of sums. Kernels written for one device
+(C++, Pallas) belong here as another `Kernels`.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.topk import local_topk
+
+BLOCK_ROWS = 1024  # tokens at a time, so that the pre-activations of a whole batch are never allocated
+# Gathers of that many of a token's k rows become one loop over [b, d]: on a CPU twice as fast as one row at a time.
+# All k at once are no faster, and compiling takes as long as there are terms.
+UNROLL = 16
+DOT_ROWS = 64  # tokens whose k rows are gathered together, [64, k, d], for their products with one vector a token
+SPARE_CANDIDATES = 16  # beyond k, taken by products in bfloat16: of them the k largest in float32 are exact
+PROBE_ROWS, PROBE_REPEATS = 1024, 3
+
+
+class Gradients(NamedTuple):
+  """Of the encoder and decoder [l, d] and the latent bias [l]; along_l is the decoder's along its own rows."""
+
+  encoder_ld: jax.Array
+  decoder_ld: jax.Array
+  latent_bias_l: jax.Array
+  along_l: jax.Array
+
+
+class Kernels(NamedTuple):
+  """Products with the rows of a few latents a token.
+
+  Attributes:
+    weighted_sum: (values_bk, w_ld, indices_bk) to out_bd = the sum over k of values_bk w[indices_bk].
+    dot: (x_bd, w_ld, indices_bk) to out_bk = <x_b, w[indices_bk]>.
+    add_outer: (total_ld, values_bk, x_bd, indices_bk) to total_ld + the sum of values_bk x_bd over all b and k with
+      indices_bk = l.
+  """
+
+  weighted_sum: Callable
+  dot: Callable
+  add_outer: Callable
+
+
+def _rows(w_ld, indices):
+  return w_ld.at[indices].get(mode='promise_in_bounds')
+
+
+def _in_blocks(f, n_rows, *arrays):
+  """Maps f over blocks of n_rows rows of the arrays; over all rows at once where n_rows does not divide them."""
+  if len(arrays[0]) % n_rows or len(arrays[0]) == n_rows:
+    return f(*arrays)
+  blocks = jax.lax.map(lambda block: f(*block), tuple(x.reshape(-1, n_rows, *x.shape[1:]) for x in arrays))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+
+
+def _fold_over_k(add, total, values_bk, indices_bk, unroll):
+  """Scans total = add(total, pairs of values_b and indices_b) over k, `unroll` pairs at a time."""
+  k = values_bk.shape[1]
+  first = k % unroll or unroll
+  pairs = list(zip(values_bk.T, indices_bk.T, strict=True))
+  # The first terms come before the scan, so that the carry varies over the mesh axes of its terms from the start.
+  total = add(total, pairs[:first])
+  if first == k:
+    return total
+  chunks = tuple(x.T[first:].reshape(-1, unroll, len(x)) for x in (values_bk, indices_bk))
+  step = lambda total, chunk: (add(total, list(zip(*chunk, strict=True))), None)
+  return jax.lax.scan(step, total, chunks)[0]
+
+
+def _sparse_weighted_sum(values_bk, w_ld, indices_bk):
+  add = lambda total, pairs: total + sum(values_b[:, None] * _rows(w_ld, indices_b) for values_b, indices_b in pairs)
+  return _fold_over_k(add, 0, values_bk, indices_bk, UNROLL)
+
+
+def _sparse_dot(x_bd, w_ld, indices_bk):
+  dot = lambda x_bd, indices_bk: jnp.einsum('bd,bkd->bk', x_bd, _rows(w_ld, indices_bk))
+  return _in_blocks(dot, DOT_ROWS, x_bd, indices_bk)
+
+
+def _sparse_add_outer(total_ld, values_bk, x_bd, indices_bk):
+  def add(total_ld, pairs):
+    for values_b, indices_b in pairs:
+      total_ld = total_ld.at[indices_b].add(values_b[:, None] * x_bd, mode='promise_in_bounds')
+    return total_ld
+
+  return _fold_over_k(add, total_ld, values_bk, indices_bk, 1)
+
+
+def _densified(values_bk, indices_bk, n_latents):
+  rows_b1 = jnp.arange(len(indices_bk))[:, None]
+  dense_bl = jnp.zeros((len(indices_bk), n_latents))
+  return dense_bl.at[rows_b1, indices_bk].add(values_bk, mode='promise_in_bounds')
+
+
+def _dense_weighted_sum(values_bk, w_ld, indices_bk):
+  write = lambda values_bk, indices_bk: _densified(values_bk, indices_bk, len(w_ld)) @ w_ld
+  return _in_blocks(write, BLOCK_ROWS, values_bk, indices_bk)
+
+
+def _dense_dot(x_bd, w_ld, indices_bk):
+  dot = lambda x_bd, indices_bk: jnp.take_along_axis(x_bd @ w_ld.T, indices_bk, axis=1, mode='promise_in_bounds')
+  return _in_blocks(dot, BLOCK_ROWS, x_bd, indices_bk)
+
+
+def _dense_add_outer(total_ld, values_bk, x_bd, indices_bk):
+  if len(x_bd) % BLOCK_ROWS:
+    return total_ld + _densified(values_bk, indices_bk, len(total_ld)).T @ x_bd
+  blocks = [x.reshape(-1, BLOCK_ROWS, x.shape[1]) for x in (values_bk, indices_bk, x_bd)]
+  add = lambda total_ld, block: (total_ld + _densified(*block[:2], len(total_ld)).T @ block[2], None)
+  return jax.lax.scan(add, total_ld, blocks)[0]
+
+
+KERNELS = {
+  'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outer),
+  'dense': Kernels(_dense_weighted_sum, _dense_dot, _dense_add_outer),
+}
+
+
+def select_topk(
+  kernels: Kernels, x_bd: jax.Array, encoder_ld: jax.Array, latent_bias_l: jax.Array, k: int, dtype: str = 'float32'
+) -> tuple[jax.Array, jax.Array]:
+  """Returns values_bk and indices_bk of the k largest pre-activations, in descending order.
+
+  In bfloat16 more candidates are chosen by rounded products with float32 sums, and the k largest of them by their
+  pre-activations in float32, which are what is returned. With 16 to spare the choice is that of float32 but for ties.
+  """
+
+  def largest(x_bd, encoder_ld, k):
+    product = lambda x_bd: jnp.einsum('bd,ld->bl', x_bd, encoder_ld, preferred_element_type=latent_bias_l.dtype)
+    return _in_blocks(lambda x_bd: local_topk(product(x_bd), k, latent_bias_l), BLOCK_ROWS, x_bd)
+
+  if dtype == 'float32':
+    return largest(x_bd, encoder_ld, k)
+  n_candidates = min(k + SPARE_CANDIDATES, len(encoder_ld))
+  _, indices_bk = largest(x_bd.astype(dtype), encoder_ld.astype(dtype), n_candidates)
+  exact_bk = kernels.dot(x_bd, encoder_ld, indices_bk) + latent_bias_l[indices_bk]
+  values_bk, places_bk = local_topk(exact_bk, k)
+  return values_bk, jnp.take_along_axis(indices_bk, places_bk, axis=1, mode='promise_in_bounds')
+
+
+def decode_and_dz(
+  kernels: Kernels,
+  values_bk: jax.Array,
+  decoder_ld: jax.Array,
+  row_scale_l: jax.Array | None,
+  indices_bk: jax.Array,
+  grad_of: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the gradients of the values, and what `grad_of` returns.
+
+  Args:
+    kernels: of `KERNELS`.
+    values_bk: latents; 0 for what is not kept.
+    decoder_ld: this shard's rows.
+    row_scale_l: what the rows are multiplied by; None for 1.
+    indices_bk: whose latents they are.
+    grad_of: takes what these latents write, [b, d], to the loss's gradient with respect to it and anything else.
+  """
+  scale_bk = 1 if row_scale_l is None else _rows(row_scale_l, indices_bk)
+  grad_bd, other = grad_of(kernels.weighted_sum(values_bk * scale_bk, decoder_ld, indices_bk))
+  return kernels.dot(grad_bd, decoder_ld, indices_bk) * scale_bk, grad_bd, other
+
+
+def sparse_update(
+  kernels: Kernels,
+  grads: Gradients,
+  values_bk: jax.Array,
+  dz_bk: jax.Array,
+  indices_bk: jax.Array,
+  centred_bd: jax.Array,
+  grad_bd: jax.Array,
+) -> Gradients:
+  """Returns grads plus those of a few latents a token.
+
+  Args:
+    kernels: of `KERNELS`.
+    grads: added to.
+    values_bk: latents.
+    dz_bk: the loss's gradient with respect to their pre-activations.
+    indices_bk: whose they are.
+    centred_bd: what the encoder read.
+    grad_bd: the loss's gradient with respect to what the decoder wrote.
+  """
+  add = lambda total_l, terms_bk: total_l.at[indices_bk].add(terms_bk, mode='promise_in_bounds')
+  return Gradients(
+    kernels.add_outer(grads.encoder_ld, dz_bk, centred_bd, indices_bk),
+    kernels.add_outer(grads.decoder_ld, values_bk, grad_bd, indices_bk),
+    add(grads.latent_bias_l, dz_bk),
+    add(grads.along_l, values_bk * dz_bk),  # <values_b grad_b, row> = values_b dz_b
+  )
+
+
+@functools.cache
+def fastest(n_latents: int, d: int, k: int) -> str:
+  """Returns the name of the kernels that are fastest on one device of this machine at these sizes, by trying them.
+
+  Sparse ones move k rows a token where dense ones multiply by all: which wins depends on n_latents / k against the
+  ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators).
+  """
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  x_bd, w_ld, values_bk = normal(PROBE_ROWS, d), normal(n_latents, d), normal(PROBE_ROWS, k)
+  indices_bk = jnp.asarray(rng.integers(n_latents, size=(PROBE_ROWS, k)), jnp.int32)
+
+  def seconds(kernels):
+    @jax.jit
+    def run(values_bk, w_ld, x_bd, indices_bk):
+      grad_of = lambda recons_bd: (x_bd - recons_bd, None)
+      dz_bk, grad_bd, _ = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, grad_of)
+      grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
+      grads = sparse_update(kernels, grads, values_bk, dz_bk, indices_bk, x_bd, grad_bd)
+      return jax.tree.map(jnp.sum, grads)  # not the gradients: allocating results would be most of the time
+
+    times = []
+    for _ in range(PROBE_REPEATS + 1):  # the first compiles
+      began = time.perf_counter()
+      jax.block_until_ready(run(values_bk, w_ld, x_bd, indices_bk))
+      times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+  return min(KERNELS, key=lambda name: seconds(KERNELS[name]))
