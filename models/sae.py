@@ -306,6 +306,13 @@ def as_transcoder(key: jax.Array, sae: SparseAutoencoder, targets_bd: jax.Array,
   return init(sae, jnp.asarray(targets_bd))
 
 
+def with_activation(sae: SparseAutoencoder, activation) -> SparseAutoencoder:
+  """Returns the SAE with another activation function, of `models.activation_functions`, and all else as it is."""
+  kept = {name: param[...] for name, param in named_parameters(sae).items() if name not in sae.activation.parameters}
+  settings = {name: value for name, value in settings_of(sae).items() if name not in ('activation', 'k')}
+  return SparseAutoencoder(**kept, activation=activation, **settings)
+
+
 def named_parameters(sae: SparseAutoencoder) -> dict[str, nnx.Param]:
   """Returns the parameters by name: those of every SAE, then what a transcoder and the activation have beside them."""
   found = {name: getattr(sae, name) for name in (*PARAMETERS, 'out_bias', 'skip')}

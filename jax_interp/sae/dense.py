@@ -50,9 +50,12 @@ def reconstruct(sae: SparseAutoencoder, latents_bl: jax.Array, x_bd: jax.Array) 
 
 def constant(sae: SparseAutoencoder, x_bd: jax.Array) -> jax.Array:
   """Returns the reconstruction without any latent: the bias, and the skip connection of a transcoder."""
-  if not sae.is_transcoder:
-    return sae.pre_bias[...]
-  return sae.out_bias[...] + (0 if sae.skip is None else (x_bd - sae.pre_bias[...]) @ sae.skip[...].T)
+  return bias(sae) if sae.skip is None else bias(sae) + (x_bd - sae.pre_bias[...]) @ sae.skip[...].T
+
+
+def bias(sae: SparseAutoencoder) -> jax.Array:
+  """Returns what is added to every reconstruction [d]."""
+  return sae.out_bias[...] if sae.is_transcoder else sae.pre_bias[...]
 
 
 def batch_mean(x) -> jax.Array:

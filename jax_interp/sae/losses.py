@@ -97,9 +97,14 @@ def _several(axis):
   return jax.sharding.get_abstract_mesh().shape[axis] > 1
 
 
+def _maps(axis):
+  """Whether the map that this is called in is over an axis: maps of one device leave out `data`, to save copies."""
+  return axis in jax.sharding.get_abstract_mesh().manual_axes
+
+
 def _over_data(collective, tree):
-  """Applies psum, pmean or pmax over `data`, if there are several of it: over one device it would be a copy."""
-  return collective(tree, 'data') if _several('data') else tree
+  """Applies psum, pmean or pmax over `data`, if the map is over it."""
+  return collective(tree, 'data') if _maps('data') else tree
 
 
 def _mse(error_bd):
@@ -146,7 +151,9 @@ def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scal
   grads = kernels.Gradients(*map(jnp.zeros_like, (encoder_ld, decoder_ld, latent_bias_l, latent_bias_l)))
   bias_grad_d = sum(grad_bd.sum(0) for *_, grad_bd in updates)
   if recipe.auxk:
-    params = encoder_ld, decoder_ld, latent_bias_l, bias_d
+    # What meets the batch is marked as varying over it, so that its gradient is summed over `data` once, at the end.
+    mark = lambda x: jax.lax.pcast(x, 'data', to='varying') if _maps('data') else x
+    params = tuple(map(mark, (encoder_ld, decoder_ld, latent_bias_l, bias_d)))
     auxk, grads, auxk_bias_grad_d = _auxk(recipe, params, row_scale_l, centred_bd, errors[0], dead_l)
     bias_grad_d += auxk_bias_grad_d
   for update in updates:
@@ -191,8 +198,7 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
   them, and are encoded and decoded densely: gathering auxk rows a token would move far more. With none dead it is 0 and
   costs the gradients' zeros, which the others are added to.
   """
-  # What meets the batch is marked as varying over it, so that its gradient is summed over `data` once, at the end.
-  *weights, bias_d = (jax.lax.pcast(p, 'data', to='varying') for p in params) if _several('data') else params
+  *weights, bias_d = params
   n_local, n_shards = len(dead_l), jax.lax.axis_size('model')
   target_bd = error_bd + jax.lax.stop_gradient(bias_d)
   target_variance = _mse(target_bd - _over_data(jax.lax.pmean, target_bd.mean(0)))
@@ -233,3 +239,29 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
   branches = [with_none, *(functools.partial(with_bucket, min(n, n_local)) for n in buckets[1:] + [n_local])]
   n_dead = jax.lax.pmax(dead_l.sum(), 'model')
   return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), n_dead), branches)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def auxk_loss(recipe, params: tuple[jax.Array, ...], x_bd: jax.Array, error_bd: jax.Array, dead_l: jax.Array):
+  """Returns auxk_coef * AuxK for recipes that are differentiated, inside a map over `data` and `model`.
+
+  Args:
+    recipe: has auxk, auxk_coef and parity, as `TopK`; static.
+    params: this shard's encoder and decoder [l, d], latent bias [l], and the bias [d] of the reconstruction.
+    x_bd: what the encoder reads: normalised activations minus pre_bias; constant.
+    error_bd: what the dead latents are to reconstruct; constant.
+    dead_l: which of this shard's latents are dead.
+  """
+  return _auxk_forward(recipe, params, x_bd, error_bd, dead_l)[0]
+
+
+def _auxk_forward(recipe, params, x_bd, error_bd, dead_l):
+  auxk, grads, bias_grad_d = _auxk(recipe, params, None, x_bd, error_bd, dead_l)
+  return recipe.auxk_coef * auxk, (*grads[:3], bias_grad_d)
+
+
+def _auxk_backward(recipe, grads, cotangent):
+  return jax.tree.map(lambda grad: cotangent * grad, grads), None, None, None
+
+
+auxk_loss.defvjp(_auxk_forward, _auxk_backward)

@@ -1,0 +1,273 @@
+"""config.sae -> what training needs of it: the recipe, the optimizer, a fresh SAE, and what is kept of a trained one.
+
+Every recipe has its own fields besides those that all share. A field of another recipe is refused: that l1_coef means
+nothing to TopK should be said, not ignored.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_interp.sae import batch_topk, gated, jumprelu, kernels, losses, optimizer, prolu, relu_l1, resample, train_step
+from models import activation_functions, sae
+
+MULTI_TOPK_RATIO, MULTI_TOPK_WEIGHT = 4, 1 / 8  # L(k) + L(4k) / 8 (Gao et al. 2024)
+EXPECTED_AVERAGE = 'expected_average'
+NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', EXPECTED_AVERAGE)
+REQUIRED = object()
+AUTO = 'auto'  # kernels that train.sae replaces by the fastest of the machine, and that are 'sparse' until then
+COMPUTE_DTYPES = ('float32', 'bfloat16')
+# Fields that any recipe may have, with what they are when left out. The rest of config.sae is train.sae's own.
+SHARED = {
+  'n_latents': REQUIRED,
+  'normalization': 'none',
+  'learning_rate': REQUIRED,  # or 0: 2e-4 / sqrt(n_latents / 2^14)
+  'warmup_steps': 0,
+  'decay': 'constant',
+  'decay_fraction': 0.2,  # of all steps, the last ones
+  'adam_eps': 6.25e-10,
+  'adam_b1': 0.9,
+  'adam_b2': 0.999,
+  'clip': 0.0,
+  'ema': 0.0,
+  'dead_tokens': 10_000_000,
+  'skip': False,  # of a transcoder
+}
+AUXK = {'auxk': 0, 'auxk_coef': 1 / 32}
+TOPK = {'k': REQUIRED, **AUXK, 'compute_dtype': 'float32', 'kernels': AUTO, 'parity': False}
+RESAMPLE = {'resample_every': 0, 'resample_until': 0, 'resample_exponent': 2.0}  # in steps; 0: never
+
+
+def _topk(s):
+  return losses.TopK(((s['k'], 1.0),), **_of_topk(s))
+
+
+def _multi_topk(s):
+  more = min(MULTI_TOPK_RATIO * s['k'], s['n_latents'])
+  return losses.TopK(((s['k'], 1.0), (more, MULTI_TOPK_WEIGHT)), **_of_topk(s))
+
+
+def _of_topk(s):
+  return {
+    'auxk': s['auxk'],
+    'auxk_coef': s['auxk_coef'],
+    'dead_tokens': s['dead_tokens'],
+    'dtype': s['compute_dtype'],
+    'kernels': 'sparse' if s['kernels'] == AUTO else s['kernels'],
+    'parity': s['parity'],
+  }
+
+
+def _batch_topk(s):
+  return batch_topk.BatchTopK(s['k'], s['auxk'], s['auxk_coef'], s['dead_tokens'], tuple(s.get('prefixes', ())))
+
+
+def _relu(s):
+  return relu_l1.ReLUL1(s['l1_coef'], False, s['l1_warmup_steps'], s['dead_tokens'])
+
+
+def _relu_april(s):
+  return relu_l1.ReLUL1(s['l1_coef'], True, s['l1_warmup_steps'], s['dead_tokens'])
+
+
+def _jumprelu(s):
+  return jumprelu.JumpReLU(
+    s['coef'], s['sparsity'], s['bandwidth'], s['coef_warmup_steps'], s['target_l0'], dead_tokens=s['dead_tokens']
+  )
+
+
+def _zeros(s):
+  return jnp.zeros(s['n_latents'])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+  """A recipe's own fields with their defaults; how it and a fresh SAE are made of them."""
+
+  fields: Mapping[str, Any]
+  recipe: Callable[[Mapping], train_step.Recipe]
+  init: Callable[[jax.Array, np.ndarray, Mapping, str, float], sae.SparseAutoencoder]
+
+
+def _init_topk(key, sample_bd, s, normalization, scale):
+  return sae.init_sae(key, sample_bd, s['n_latents'], s['k'], normalization, scale)
+
+
+def _init_tied(activation, **options):
+  return lambda key, sample_bd, s, *norm: sae.init_tied(key, sample_bd, s['n_latents'], activation(s), *norm, **options)
+
+
+RECIPES = {
+  'topk': _Kind(TOPK, _topk, _init_topk),
+  'multi_topk': _Kind(TOPK, _multi_topk, _init_topk),
+  'batch_topk': _Kind({'k': REQUIRED, **AUXK}, _batch_topk, _init_topk),
+  'matryoshka': _Kind({'k': REQUIRED, **AUXK, 'prefixes': REQUIRED}, _batch_topk, _init_topk),
+  'relu': _Kind(
+    {'l1_coef': REQUIRED, 'l1_warmup_steps': 0, **RESAMPLE},
+    _relu,
+    _init_tied(lambda s: activation_functions.ReLU()),
+  ),
+  'relu_april': _Kind(
+    {'l1_coef': REQUIRED, 'l1_warmup_steps': 0},
+    _relu_april,
+    _init_tied(lambda s: activation_functions.ReLU(), row_norm=0.1, median=False),
+  ),
+  'prolu': _Kind(
+    {'l1_coef': REQUIRED, 'gradient': 'ste'},
+    lambda s: prolu.ProLU(s['l1_coef'], s['gradient'], s['dead_tokens']),
+    _init_tied(lambda s: activation_functions.ProLU()),
+  ),
+  'gated': _Kind(
+    {'l1_coef': REQUIRED, **RESAMPLE},
+    lambda s: gated.Gated(s['l1_coef'], s['dead_tokens']),
+    _init_tied(lambda s: activation_functions.Gated(_zeros(s), _zeros(s))),
+  ),
+  'jumprelu': _Kind(
+    {
+      'coef': REQUIRED,
+      'sparsity': 'l0',
+      'bandwidth': 1e-3,
+      'coef_warmup_steps': 0,
+      'target_l0': 0.0,
+      'initial_threshold': 1e-3,
+    },
+    _jumprelu,
+    _init_tied(lambda s: activation_functions.JumpReLU(_zeros(s) + s['initial_threshold'])),
+  ),
+}
+OWN = {name for kind in RECIPES.values() for name in kind.fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How one SAE is trained.
+
+  Attributes:
+    recipe: static to `train_step.train_steps`, as tx and ema are.
+    tx: the optimizer.
+    ema: decay of the average of the weights, 0 for none.
+    settings: all fields, with their defaults.
+  """
+
+  recipe: train_step.Recipe
+  tx: optax.GradientTransformation
+  ema: float
+  settings: Mapping[str, Any]
+
+  def init(self, key, sample_bd: np.ndarray, target_sample_bd: np.ndarray | None = None) -> sae.SparseAutoencoder:
+    """Returns a fresh SAE on the ambient mesh, a transcoder where there are targets.
+
+    Raises:
+      ValueError: sizes or normalisations do not fit; see `models.sae.SparseAutoencoder`.
+    """
+    s = self.settings
+    normalization, scale = s['normalization'], 1.0
+    if normalization == EXPECTED_AVERAGE:
+      normalization, scale = 'constant', sae.expected_average_scale(sample_bd)
+    fresh = RECIPES[s['recipe']].init(key, sample_bd, s, normalization, scale)
+    if target_sample_bd is None:
+      return fresh
+    return sae.as_transcoder(jax.random.fold_in(key, 1), fresh, target_sample_bd, s['skip'])
+
+  def between(self, state: train_step.TrainState, before: int, acts_sbd: jax.Array, key) -> train_step.TrainState:
+    """Returns the state with dead latents resampled, where a step from `before` on to the state's was one for that.
+
+    Args:
+      state: donated.
+      before: steps made before the last call of `train_steps`.
+      acts_sbd: the activations of that call.
+      key: folded with the step, so that a resumed run draws the same.
+    """
+    every, until = self.settings.get('resample_every', 0), self.settings.get('resample_until', 0)
+    step = int(state.step)
+    if not every or before // every == step // every or (until and step // every * every > until):
+      return state
+    acts_bd = acts_sbd.reshape(-1, acts_sbd.shape[-1])
+    changed = resample.resample(
+      state.sae,
+      state.opt,
+      state.tokens_since_fired_l,
+      acts_bd,
+      jax.random.fold_in(key, step),
+      self.settings['dead_tokens'],
+      self.settings['resample_exponent'],
+    )
+    return state._replace(sae=changed[0], opt=changed[1], tokens_since_fired_l=changed[2])
+
+  def finish(self, state: train_step.TrainState) -> sae.SparseAutoencoder:
+    """Returns the SAE to keep: averaged where that was asked for, and with a threshold after BatchTopK."""
+    kept = train_step.trained_sae(state, self.ema, self.recipe.unit_norm)
+    return batch_topk.with_threshold(kept, state.threshold) if isinstance(self.recipe, batch_topk.BatchTopK) else kept
+
+
+def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Plan:
+  """Returns how to train the SAE of these settings, config.sae or a part of a sweep.
+
+  Args:
+    settings: the fields; those that are train.sae's own (site, batch_size, ...) are not looked at.
+    n_steps: of the whole training.
+    target: whether it is a transcoder.
+
+  Raises:
+    ValueError: the recipe is unknown, a field of it is missing, belongs to another recipe, or means nothing with
+      another.
+  """
+  name = settings['recipe']
+  if name not in RECIPES:
+    raise ValueError(f'sae.recipe {name!r} is unknown; choose one of {", ".join(RECIPES)}')
+  own = RECIPES[name].fields
+  for field in sorted(OWN & set(settings)):
+    if field not in own:
+      readers = ', '.join(recipe for recipe, kind in RECIPES.items() if field in kind.fields)
+      raise ValueError(
+        f'sae.{field} means nothing to the recipe {name!r}; leave it out (configs/recipes.py:{name} has what belongs '
+        f'to it), or choose one of {readers}'
+      )
+  known = SHARED | own
+  s = {'recipe': name} | {field: settings.get(field, default) for field, default in known.items()}
+  if missing := [field for field, value in s.items() if value is REQUIRED]:
+    raise ValueError(f'sae.{missing[0]} is missing, which the recipe {name!r} needs; configs/recipes.py:{name} has it')
+  _check(s, target)
+  rate = s['learning_rate'] or optimizer.scaled_rate(s['n_latents'])
+  decay_steps = 0 if s['decay'] == 'constant' else math.ceil(s['decay_fraction'] * n_steps)
+  tx = optimizer.adam(
+    rate,
+    s['warmup_steps'],
+    s['adam_eps'],
+    s['clip'],
+    s['adam_b1'],
+    s['adam_b2'],
+    s['decay'],
+    decay_steps,
+    n_steps if decay_steps else 0,
+  )
+  return Plan(RECIPES[name].recipe(s), tx, s['ema'], s)
+
+
+def _check(s, target):
+  choices = {
+    'normalization': NORMALIZATIONS,
+    'compute_dtype': COMPUTE_DTYPES,
+    'kernels': (AUTO, *kernels.KERNELS),
+  }
+  for field, known in choices.items():
+    if field in s and s[field] not in known:
+      raise ValueError(f'sae.{field} {s[field]!r} is unknown; choose one of {", ".join(known)}')
+  sae.check_settings(s['n_latents'], s.get('k'), 'none')
+  if s['skip'] and not target:
+    raise ValueError('sae.skip is of a transcoder, past its latents; set sae.target_site too, or leave it out')
+  if target and s['normalization'] in ('layer_norm_std', 'unit_norm'):
+    raise ValueError(
+      f'sae.normalization {s["normalization"]!r} cannot be undone on the target of a transcoder; choose none or '
+      f'{EXPECTED_AVERAGE}'
+    )
+  if target and s.get('resample_every'):
+    raise ValueError('sae.resample_every sets decoder rows to inputs, which a transcoder does not write; set it to 0')
+  if s.get('resample_every') and s['ema']:
+    raise ValueError('sae.ema would average weights from before and after a resampling; set one of the two to 0')
