@@ -19,7 +19,7 @@ from models.sae import SparseAutoencoder
 from models.topk import local_topk, scatter_mask, wins
 
 AUXK_BUCKET_RATIO = 8  # every bucket is compiled
-PARITY_FIRED = 1e-3
+PARITY_FIRED = 1e-3  # a latent fires above it in parity mode; else above 0
 
 
 @dataclasses.dataclass(frozen=True)
