@@ -1,0 +1,225 @@
+"""train.grow: a finished SAE or a stopped training becomes what config.sae says, and train.sae trains on from it."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from jax_interp import store
+from models import pretrained, sharding
+from models import sae as sae_lib
+from train import capture, command, grow
+from train import sae as train_sae
+
+SITE, D, N_EXAMPLES, N_TOKENS, BATCH, N_STEPS = 'h.1.resid.post_mlp', 24, 40, 16, 32, 12
+SETTINGS = {
+  'site': SITE,
+  'source': 'store',
+  'recipe': 'topk',
+  'n_latents': 64,
+  'k': 4,
+  'normalization': 'layer_norm_std',
+  'auxk': 16,
+  'kernels': 'sparse',
+  'dead_tokens': 4 * BATCH,
+  'learning_rate': 1e-2,
+  'warmup_steps': 2,
+  'ema': 0.9,
+  'batch_size': BATCH,
+  'tokens': N_STEPS * BATCH,
+  'buffer_examples': 8,
+  'steps_per_dispatch': 2,
+  'checkpoint_every': 4,
+  'log_every': 2,
+}
+JUMPRELU = {'recipe': 'jumprelu', 'coef': 1.0, 'sparsity': 'target', 'bandwidth': 0.1, 'target_l0': 3.0}
+
+
+def config_of(folder, **changes):
+  settings = SETTINGS | changes
+  if settings['recipe'] == 'jumprelu':
+    settings = {name: x for name, x in settings.items() if name not in ('k', 'auxk', 'kernels')}
+  return ml_collections.ConfigDict(
+    {
+      'seed': 0,
+      'mesh': {'data': 1, 'model': 1},
+      'model': {'source': 'embedded'},
+      'text': {'source': str(folder / 'corpus.jsonl'), 'window': N_TOKENS},
+      'capture': {
+        'sites': (SITE,),
+        'store': str(folder / 'store'),
+        'n_tokens': N_EXAMPLES * N_TOKENS,
+        'shard_examples': 8,
+        'batch_size': 8,
+        'dtype': 'float32',
+      },
+      'sae': settings,
+    }
+  )
+
+
+@pytest.fixture(autouse=True)
+def _peak(monkeypatch):
+  """Measuring what the processor could do takes seconds."""
+  monkeypatch.setattr(train_sae.throughput, 'peak', lambda dtype: (1e12, 'made up'))
+  monkeypatch.setattr(train_sae, 'SAMPLE_TOKENS', 1024)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A store of activations that are sums of a few of 96 directions, captured by the workdir `old`."""
+  rng = np.random.default_rng(0)
+  saved = store.ActivationStore.create(
+    tmp_path / 'store',
+    {SITE: (D,)},
+    N_EXAMPLES,
+    N_TOKENS,
+    shard_examples=8,
+    dtype='float32',
+    model=pretrained.fingerprint('embedded'),
+    tokenizer='',
+    dataset='',
+  )
+  directions = rng.normal(size=(96, D))
+  for shard in saved.missing():
+    sources = (rng.random((8, N_TOKENS, 96)) < 0.05) * rng.exponential(size=(8, N_TOKENS, 96))
+    acts = (sources @ directions + 0.1 * rng.normal(size=(8, N_TOKENS, D))).astype(np.float32)
+    saved.write(shard, np.zeros((8, N_TOKENS), np.int32), {SITE: acts})
+  command.claim(tmp_path / 'old' / 'activations', capture.made_with(config_of(tmp_path), tmp_path / 'old'))
+  store.write_json(tmp_path / 'old' / 'activations' / capture.REPORT, {'store': saved.manifest, 'run': None})
+  command.finish(tmp_path / 'old' / 'activations')
+  return tmp_path
+
+
+@pytest.fixture
+def stop_at_6(monkeypatch):
+  asked = iter([False, False, True])
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked, False))
+
+
+def report(workdir):
+  return json.loads((workdir / 'sae' / grow.REPORT).read_text())
+
+
+def metrics(workdir):
+  return [json.loads(line) for line in (workdir / 'sae' / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_a_finished_sae_is_widened_and_trained_on(mesh, folder, capsys):
+  train_sae.run(config_of(folder), folder / 'old')
+  config = config_of(folder, n_latents=96, k=6)
+  grow.grow(config, folder / 'new', folder / 'old')
+  assert 'normalized_mse' in capsys.readouterr().out
+  before, after = (report(folder / 'new')[name] for name in ('before', 'after'))
+  assert (before['n_latents'], before['k'], after['n_latents'], after['k']) == (64, 4, 96, 6)
+  assert after['l0'] == 6
+  assert after['normalized_mse'] < before['normalized_mse']
+  with pytest.raises(FileNotFoundError, match='is not finished; run train'):
+    train_sae.load(config, folder / 'new')
+  grow.grow(config, folder / 'new', folder / 'old')
+  assert 'is grown already' in capsys.readouterr().out
+  train_sae.run(config, folder / 'new')
+  lines = metrics(folder / 'new')
+  assert [line['step'] for line in lines] == list(range(2, N_STEPS + 1, 2))
+  assert lines[-1]['normalized_mse'] < metrics(folder / 'old')[-1]['normalized_mse']
+  assert train_sae.load(config, folder / 'new').n_latents == 96
+
+
+def test_a_stopped_training_keeps_its_state(mesh, folder, stop_at_6):
+  with pytest.raises(command.Stopped):
+    train_sae.run(config_of(folder), folder / 'old')
+  config = config_of(folder, n_latents=96)
+  grow.grow(config, folder / 'new', folder / 'old')
+  state, wide = (
+    store.restore_checkpoint(folder / name / 'sae' / 'checkpoints', {'': abstract})['']
+    for name, abstract in (('old', fresh(config_of(folder))), ('new', fresh(config)))
+  )
+  for old, new in zip(jax.tree.leaves(state.opt[1][0]), jax.tree.leaves(wide.opt[1][0]), strict=True):
+    np.testing.assert_array_equal(new[: len(old)] if old.ndim else new, old)
+  np.testing.assert_array_equal(wide.tokens_since_fired_l[:64], state.tokens_since_fired_l)
+  assert (int(wide.step), int(state.step)) == (0, 6)
+  train_sae.run(config, folder / 'new')
+
+
+def fresh(config):
+  plan, sample = grow._plan(config.sae), np.random.default_rng(0).normal(size=(64, D)).astype(np.float32)
+  return grow.train_step.init_state(plan.init(jax.random.key(0), sample), sample, plan.tx, plan.ema)
+
+
+def test_a_threshold_for_an_l0_and_nothing_to_train_leave_what_other_stages_read(mesh, folder):
+  train_sae.run(config_of(folder), folder / 'old')
+  config = config_of(folder, **JUMPRELU, tokens=0)
+  grow.grow(config, folder / 'jumprelu', folder / 'old')
+  found = report(folder / 'jumprelu')
+  assert abs(found['after']['l0'] - 3) < 1e-3
+  assert found['after']['activation'] == 'jumprelu'
+  command.require(folder / 'jumprelu' / 'sae', train_sae.made_with(config, folder / 'jumprelu'), 'train.sae')
+  old, new = sae_lib.load_sae(folder / 'old' / 'sae' / 'final'), train_sae.load(config, folder / 'jumprelu')
+  np.testing.assert_array_equal(new.decoder[...], old.decoder[...])
+
+
+def test_dead_latents_go_and_new_ones_take_their_places(mesh, folder):
+  train_sae.run(config_of(folder), folder / 'old')
+  final = folder / 'old' / 'sae' / 'final'
+  model = sae_lib.load_sae(final)
+  model.latent_bias[...] = model.latent_bias[...].at[10:30].add(-100)
+  sae_lib.save(final, model)
+  n_alive = 64 - report_of(config_of(folder), model, folder)['dead']
+  even = n_alive + n_alive % 2
+  grow.grow(config_of(folder, n_latents=even, tokens=0), folder / 'less', folder / 'old')
+  assert report(folder / 'less')['after']['n_latents'] == even
+  assert (
+    abs(report(folder / 'less')['after']['normalized_mse'] - report(folder / 'less')['before']['normalized_mse']) < 1e-6
+  )
+  grow.grow(config_of(folder, tokens=0), folder / 'same', folder / 'old', prune=True)
+  assert report(folder / 'same')['after']['normalized_mse'] < report(folder / 'same')['before']['normalized_mse']
+  with pytest.raises(
+    ValueError, match=f'sae.n_latents 32 is less than the {even if mesh.size > 1 else n_alive} latents'
+  ):
+    grow.grow(config_of(folder, n_latents=32, tokens=0), folder / 'too_few', folder / 'old')
+
+
+def report_of(config, model, folder):
+  streams = train_sae._streams(config, folder / 'old', [SITE])
+  return grow._numbers(model, [train_sae._sample(streams, config.sae)[SITE]])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'normalization': 'none'}, "normalization of the SAE is 'layer_norm_std', and of config.sae 'none'"),
+    ({'recipe': 'gated'}, "a 'topk' SAE cannot become the 'gated' one of sae.recipe 'gated'"),
+    ({'sweep': ({'k': 2},)}, 'sae.sweep is of several SAEs, and one grows'),
+  ],
+)
+def test_another_kind_of_sae_is_refused(folder, changes, message):
+  if changes.get('recipe') == 'gated':
+    config = config_of(folder, recipe='gated', l1_coef=1.0)
+    for name in ('k', 'auxk', 'kernels'):
+      del config.sae[name]
+  else:
+    config = config_of(folder, **changes)
+  with jax.set_mesh(sharding.make_mesh()):
+    train_sae.run(config_of(folder, tokens=2 * BATCH), folder / 'old')
+    with pytest.raises(ValueError, match=message):
+      grow.grow(config, folder / 'new', folder / 'old')
+    with pytest.raises(ValueError, match='is the workdir of the SAE itself'):
+      grow.grow(config_of(folder), folder / 'old', folder / 'old')
+
+
+def test_without_an_sae_the_command_says_so(folder):
+  (folder / 'config.py').write_text(
+    f'import ml_collections\ndef get_config(): return ml_collections.ConfigDict({config_of(folder).to_dict()!r})\n'
+  )
+  flags = [f'--config={folder / "config.py"}', f'--workdir={folder / "new"}']
+  run = lambda *more: subprocess.run(
+    [sys.executable, '-m', 'train.grow', *flags, *more], stderr=subprocess.PIPE, text=True, check=False
+  )
+  assert 'error: no SAE to grow; give its workdir or folder as --start' in run().stderr
+  result = run(f'--start={folder / "old"}')
+  assert result.returncode == 1
+  assert 'holds neither sae/final nor sae/checkpoints' in result.stderr
