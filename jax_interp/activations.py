@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -197,30 +198,48 @@ def width(site: str, shape: Sequence[int]) -> int:
   return shape[2]
 
 
-def live_reader(
-  model, windows_et: np.ndarray, site: str, batch_size: int = 32, dtype: str = 'float32'
-) -> Callable[..., np.ndarray]:
-  """Returns `read(examples, out=None, to=None)`: int [n] -> activations [n, token, d] of one site, computed anew.
+def live_readers(
+  model, windows_et: np.ndarray, names: Sequence[str], batch_size: int = 32, dtype: str = 'float32'
+) -> dict[str, Callable[..., np.ndarray]]:
+  """Returns {site: read}, `read(examples, out=None, to=None)`: int [n] -> activations [n, token, d], computed anew.
 
-  It may be called from any thread; `out` and `to` are as for `ActivationStore.reader`.
+  They may be called from any thread; `out` and `to` are as for `ActivationStore.reader`. Where the readers of several
+  sites are asked for the same examples in the same order, as by `shuffled_batches` of one seed, the model runs once.
 
   Raises:
-    ValueError: the site's activations are not [example, token, d]: see `width`.
+    ValueError: the activations of a site are not [example, token, d]: see `width`.
   """
-  tokens_et, mesh = jax.ShapeDtypeStruct(windows_et.shape, jnp.int32), jax.sharding.get_mesh()
-  width(site, sites.site_shapes(model, tokens_et, (site,))[site].shape)
+  tokens_et, mesh, names = jax.ShapeDtypeStruct(windows_et.shape, jnp.int32), jax.sharding.get_mesh(), tuple(names)
+  for site, x in sites.site_shapes(model, tokens_et, names).items():
+    width(site, x.shape)
+  running = threading.Lock()
+  left = {site: collections.deque(maxlen=_BUFFERS) for site in names}  # what other sites' readers have computed
 
-  def read(examples, out=None, to=None):
-    with jax.set_mesh(mesh):  # which is a thread's own
-      batches = [acts[site] for _, acts in stream(model, windows_et[examples], (site,), batch_size, dtype=dtype)]
+  def computed(site, examples):
+    with running, jax.set_mesh(mesh):  # which is a thread's own
+      while left[site]:
+        others, x_etd = left[site].popleft()
+        if np.array_equal(others, examples):
+          return x_etd
+      parts = [acts for _, acts in stream(model, windows_et[examples], names, batch_size, dtype=dtype)]
+      acts = {name: np.concatenate([part[name] for part in parts]) for name in names}
+      for other in set(names) - {site}:
+        left[other].append((examples, acts[other]))
+      return acts[site]
+
+  def read(site, examples, out=None, to=None):
+    x_etd = computed(site, examples)
+    if to is None and out is None:
+      return x_etd
+    if out is None:
+      out = np.empty((to.max(initial=-1) + 1, x_etd.shape[-1]), x_etd.dtype)
     if to is None:
-      return np.concatenate(batches, out=out)
-    x_etd = np.concatenate(batches)
-    out = np.empty((to.max() + 1, x_etd.shape[-1]), x_etd.dtype) if out is None else out
-    out[to[to >= 0]] = x_etd[to >= 0]
+      out[:] = x_etd
+    else:
+      out[to[to >= 0]] = x_etd[to >= 0]
     return out
 
-  return read
+  return {site: functools.partial(read, site) for site in names}
 
 
 def shuffled_batches(
@@ -230,25 +249,32 @@ def shuffled_batches(
   buffer_examples: int,
   seed: int,
   start_step: int = 0,
+  part: tuple[int, int] = (0, 1),
 ) -> Iterator[np.ndarray]:
   """Yields shuffled activations [batch_size, d] without end; the row of every token to keep comes once an epoch.
 
   Each epoch permutes blocks of BLOCK neighbouring examples, fills a buffer with the next of them and permutes its rows;
   the next buffer is read meanwhile. A batch is a part of a buffer, which stays in memory as long as one of its batches
   does: two or three are. A batch is a function of the seed and its number: a checkpoint need keep no more than the
-  step, and resuming rereads one buffer.
+  step, and resuming rereads one buffer. So several sites read with one seed are of the same tokens, row by row.
 
   Args:
-    read: `ActivationStore.reader(site)` or `live_reader`; called from another thread.
+    read: `ActivationStore.reader(site)` or one of `live_readers`; called from another thread.
     keep_et: bool [example, token]: which tokens are wanted; `ActivationStore.keep()` or `text.kept`.
     batch_size: rows a batch; a batch may end one epoch and begin the next.
     buffer_examples: examples that are mixed at a time.
     seed: of both permutations.
     start_step: the first batch to yield.
+    part: (index, number of parts): only this part of every batch is read and yielded, [batch_size / parts, d]. The
+      parts together are the rows of the batch, in another order; each reads little more than its share of examples.
 
   Raises:
-    ValueError: no token is to be kept.
+    ValueError: no token is to be kept, or the parts do not divide the batch.
   """
+  index, n_parts = part
+  if batch_size % n_parts:
+    raise ValueError(f'batch_size {batch_size} is not divisible by {n_parts} parts; choose a multiple')
+  size = batch_size // n_parts
   kept_e = keep_et.sum(1)
   if not kept_e.any():
     raise ValueError(f'all {keep_et.size} tokens are padding or special, so none is left; give other text')
@@ -261,10 +287,17 @@ def shuffled_batches(
   def load(number, examples):
     """Returns the kept rows [n, d] of a fill, shuffled."""
     epoch, fill = divmod(number, fills)
-    examples = np.sort(examples[fill * buffer_examples : (fill + 1) * buffer_examples])
-    rows = np.flatnonzero(keep_et[examples])
+    before, examples = np.split(examples[: (fill + 1) * buffer_examples], [fill * buffer_examples])
+    examples = np.sort(examples)
+    rows = np.random.default_rng((seed, epoch, 1 + fill)).permutation(np.flatnonzero(keep_et[examples]))
+    if n_parts > 1:
+      rows = _part(rows, epoch * kept_e.sum() + kept_e[before].sum(), batch_size, index, n_parts)
     to = np.full(keep_et[examples].shape, -1)
-    to.flat[np.random.default_rng((seed, epoch, 1 + fill)).permutation(rows)] = np.arange(len(rows))
+    to.flat[rows] = np.arange(len(rows))
+    if n_parts > 1:
+      wanted = (to >= 0).any(1)
+      wanted[0] = True  # from no example, the reader would not tell d
+      examples, to = examples[wanted], to[wanted]
     # Memory that no batch uses any more is used again: touched for the first time, it costs as much as reading.
     for i, n_references in enumerate(_references(buffers)):
       if n_references == _UNUSED and len(buffers[i]) >= len(rows):
@@ -278,6 +311,8 @@ def shuffled_batches(
   ends = np.cumsum(np.add.reduceat(kept_e[order], np.arange(0, n_examples, buffer_examples)))
   fill = np.searchsorted(ends, row, 'right')
   row -= ends[fill - 1] if fill else 0
+  n_before = lambda row: row // batch_size * size + _share(index, n_parts, row % batch_size)
+  row = n_before(start_step * batch_size) - n_before(start_step * batch_size - row)
   left_bd = None  # of the buffer before, less than a batch
   with concurrent.futures.ThreadPoolExecutor(1) as reader:
     first = epoch * fills + fill
@@ -289,15 +324,39 @@ def shuffled_batches(
         order = examples_of(number // fills)
       loading = reader.submit(load, number, order)
       if left_bd is not None:
-        n = batch_size - len(left_bd)
+        n = size - len(left_bd)
         left_bd, rows_rd = np.concatenate([left_bd, rows_rd[:n]]), rows_rd[n:]
-        if len(left_bd) < batch_size:
+        if len(left_bd) < size:
           continue
         yield left_bd
-      n_whole = len(rows_rd) // batch_size * batch_size
-      for start in range(0, n_whole, batch_size):
-        yield rows_rd[start : start + batch_size]
+      n_whole = len(rows_rd) // size * size
+      for start in range(0, n_whole, size):
+        yield rows_rd[start : start + size]
       left_bd = rows_rd[n_whole:].copy() if n_whole < len(rows_rd) else None
+
+
+def _share(part, n_parts, n) -> int:
+  """Returns how many of the first n rows of a batch are a part's."""
+  return (part + 1) * n // n_parts - part * n // n_parts
+
+
+def _part(rows: np.ndarray, first: int, batch_size: int, part: int, n_parts: int) -> np.ndarray:
+  """Returns a part's rows of a fill: of every batch in it an equal share, those of neighbouring examples.
+
+  Args:
+    rows: of the fill in the order of the stream, which numbers them from `first` on.
+    first: as said.
+    batch_size: of all parts.
+    part: which.
+    n_parts: how many.
+  """
+  found = []
+  cuts = range(batch_size - first % batch_size, len(rows), batch_size)
+  for start, stop in itertools.pairwise([0, *cuts, len(rows)]):
+    begun = (first + start) % batch_size  # rows of the batch in the fill before
+    low, high = ((p * (begun + stop - start) // n_parts - p * begun // n_parts) for p in (part, part + 1))
+    found.append(np.sort(rows[start:stop])[low:high])
+  return np.concatenate(found)
 
 
 def _references(things: list) -> list[int]:

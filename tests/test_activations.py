@@ -128,9 +128,21 @@ def test_a_misspelt_site_is_refused(model, windows):
 
 
 def test_the_live_reader_gives_the_examples_asked_for(model, windows):
-  read = activations.live_reader(model, windows, 'h.1.resid.post_mlp', batch_size=2)
+  read = activations.live_readers(model, windows, ('h.1.resid.post_mlp',), batch_size=2)['h.1.resid.post_mlp']
   expected = whole_pass(model, windows)['h.1.resid.post_mlp']
   np.testing.assert_allclose(read(np.array([9, 2, 2])), expected[[9, 2, 2]], rtol=1e-5, atol=1e-6)
+
+
+def test_live_readers_of_several_sites_share_one_pass_and_may_differ(model, windows, monkeypatch):
+  stream, passes = activations.stream, []
+  monkeypatch.setattr(activations, 'stream', lambda *args, **kwargs: passes.append(args) or stream(*args, **kwargs))
+  names = 'h.1.resid.post_mlp', 'h.0.mlp.post_act'
+  reads, expected = activations.live_readers(model, windows, names, batch_size=2), whole_pass(model, windows)
+  asked = [(0, [9, 2]), (0, [3, 4]), (1, [9, 2]), (1, [3, 4]), (1, [5]), (0, [6]), (1, [6]), (1, [6])]
+  for which, examples in asked:
+    found = reads[names[which]](np.array(examples))
+    np.testing.assert_allclose(found, expected[names[which]][examples], rtol=1e-5, atol=1e-6)
+  assert len(passes) == 5  # [9, 2], [3, 4], [5], [6], and [6] again
 
 
 @pytest.mark.parametrize('site', ['h.0.attn.v_out', 'h.0.attn.qk_probs'])
@@ -138,7 +150,7 @@ def test_a_site_without_one_vector_a_token_is_refused(model, windows, site):
   with pytest.raises(
     ValueError, match=rf'{site} has the shape \[11, .*\], and an SAE reads \[example, token, d\]; choose'
   ):
-    activations.live_reader(model, windows, site)
+    activations.live_readers(model, windows, (site,))
 
 
 def test_the_width_of_a_site_is_its_last_dimension():
@@ -183,6 +195,37 @@ def test_batches_are_a_function_of_seed_and_step(keep):
   for start_step in range(1, 25):
     np.testing.assert_array_equal(batches(30 - start_step, start_step=start_step, keep=keep), whole[start_step:])
   assert not np.array_equal(batches(30, seed=4, keep=keep), whole)
+
+
+@pytest.mark.parametrize('keep', [ALL, SOME], ids=['all', 'some'])
+@pytest.mark.parametrize(('n_parts', 'sizes'), [(2, {}), (5, {}), (2, {'buffer_examples': 1}), (3, {'batch_size': 96})])
+def test_the_parts_of_a_batch_are_its_rows(keep, n_parts, sizes):
+  for start_step in range(12):
+    whole = batches(8, keep=keep, start_step=start_step, **sizes)
+    parts = [batches(8, keep=keep, start_step=start_step, part=(i, n_parts), **sizes) for i in range(n_parts)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+      assert {len(share) for share in shares} == {len(batch) / n_parts}
+      assert sorted(map(tuple, np.concatenate(shares))) == sorted(map(tuple, batch))
+
+
+def test_a_part_reads_little_more_than_its_share():
+  asked = [0, 0]
+
+  def counted(i, examples, out, to):
+    asked[i] += len(examples)
+    return np.zeros((to.max() + 1, 2))
+
+  for i in range(2):
+    counting = functools.partial(counted, i)
+    found = activations.shuffled_batches(counting, np.ones((2000, 16), bool), 2000, 500, 0, part=(i, 2))
+    list(itertools.islice(found, 11))  # of 16 an epoch: three buffers, and the fourth is read meanwhile
+    found.close()
+  assert 0.4 * 2000 < min(asked) <= max(asked) < 0.6 * 2000
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused():
+  with pytest.raises(ValueError, match='batch_size 10 is not divisible by 3 parts'):
+    batches(1, part=(0, 3))
 
 
 def test_a_batch_that_is_kept_stays_as_it_was_and_memory_is_used_again():
