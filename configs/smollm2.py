@@ -12,6 +12,7 @@ import ml_collections
 def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
+  config.sae_name = ''  # or one of sae.sweep
   config.mesh = {'data': 1, 'model': 1}
   config.last_stage = 'report'  # train.pipeline ends behind it: lm, capture, sae, evaluate, records, explain, report
   config.model = {
@@ -39,6 +40,8 @@ def get_config():
   }
   config.sae = {
     'site': 'h.14.resid.post_mlp',
+    'target_site': '',
+    'sweep': (),
     'source': 'store',  # or 'live': captured while training, stored nowhere
     'recipe': 'topk',  # or 'multi_topk'
     'n_latents': 4096,
@@ -58,6 +61,9 @@ def get_config():
     'steps_per_dispatch': 4,
     'checkpoint_every': 200,
     'log_every': 10,
+    'checkpoints': 2,
+    'spike_factor': 5.0,
+    'log_to': '',
   }
   config.evaluate = {'n_tokens': 8_192, 'batch_size': 16}
   config.records = {

@@ -6,6 +6,7 @@ import ml_collections
 def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
+  config.sae_name = ''  # or one of sae.sweep: --config.sae_name=NAME --workdir=WORKDIR/sweep/NAME
   config.mesh = {'data': 1, 'model': 1}
   config.last_stage = 'report'  # train.pipeline ends behind it: lm, capture, sae, evaluate, records, explain, report
   config.model = {
@@ -47,6 +48,8 @@ def get_config():
   }
   config.sae = {
     'site': 'h.2.resid.post_mlp',
+    'target_site': '',  # or a site that is reconstructed instead: a transcoder
+    'sweep': (),  # or overrides, trained on one stream: ({'n_latents': 4096}, {'site': 'h.1.resid.post_mlp'})
     'source': 'store',  # or 'live': captured while training, stored nowhere
     'recipe': 'topk',  # or 'multi_topk'
     'n_latents': 2048,
@@ -66,6 +69,9 @@ def get_config():
     'steps_per_dispatch': 4,
     'checkpoint_every': 250,
     'log_every': 10,
+    'checkpoints': 2,  # the last ones that are kept, beside the one of the least normalized MSE
+    'spike_factor': 5.0,  # stops at a loss so many times the median of the last 100 logged; 0: only if not finite
+    'log_to': '',  # or 'tensorboard', 'wandb', beside metrics.jsonl
   }
   config.evaluate = {'n_tokens': 65_536, 'batch_size': 16}
   config.records = {

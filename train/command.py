@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from models import pretrained, sharding
+from train import sweep
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; --config.sae.k=16 overrides a field.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/tiny', 'Where artefacts are read and left.')
@@ -105,7 +106,7 @@ def _main(run, argv, several_processes) -> int:
   try:
     _join(several_processes)
     jax.set_mesh(sharding.make_mesh(**config.mesh))
-    run(config, pathlib.Path(_WORKDIR.value))
+    run(sweep.chosen(config), pathlib.Path(_WORKDIR.value))
   except Stopped as e:
     print(f'stopped: {e}', file=sys.stderr)
   except (ValueError, KeyError, OSError, ImportError) as e:
@@ -160,11 +161,15 @@ class MetricsLog:
     """Opens the file for the steps after `step`; later ones, of a run that got further than its checkpoint, go."""
     lines = path.read_text('utf-8').splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
-    write(path, ''.join(kept).encode())
-    self._path = path
+    self.before = [json.loads(line) for line in kept]  # what runs that this one goes on from have written
+    self._path = path if jax.process_index() == 0 else None  # one log for all
+    if self._path:
+      write(path, ''.join(kept).encode())
 
   def write(self, numbers: Mapping[str, float]):
     """Appends a line; `numbers` holds the step."""
+    if not self._path:
+      return
     with open(self._path, 'a', encoding='utf-8') as file:
       file.write(json.dumps(numbers) + '\n')
 

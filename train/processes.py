@@ -41,6 +41,33 @@ def agree(problem: Exception | None = None):
     raise PROBLEMS[kind](text)
 
 
+def any_of(flag: bool) -> bool:
+  """Returns whether the flag is set in any process."""
+  return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+def part() -> tuple[int, int]:
+  """Returns which of how many equal parts of a batch, cut over the data axis of the ambient mesh, is this process's.
+
+  Processes that hold devices of the same rows of the data axis have the same part.
+
+  Raises:
+    ValueError: the processes do not hold whole groups of neighbouring rows, each as many.
+  """
+  devices = jax.sharding.get_mesh().devices
+  held = [
+    [i for i, row in enumerate(devices) if p in {d.process_index for d in row}] for p in range(jax.process_count())
+  ]
+  size = len(held[jax.process_index()])
+  groups = [list(range(start, start + size)) for start in range(0, len(devices), size or 1)]
+  if any(rows not in groups for rows in held):
+    raise ValueError(
+      f'a mesh of {"x".join(map(str, devices.shape))} does not give each of {len(held)} processes as many whole rows '
+      'of the data axis; choose mesh.data x mesh.model as all devices'
+    )
+  return groups.index(held[jax.process_index()]), len(groups)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
   """Runs a block in every process, and then raises in all if it raised in one; see `agree`."""

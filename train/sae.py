@@ -1,59 +1,76 @@
-"""Trains a sparse autoencoder on a site's activations, from the store or from the live model.
+"""Trains sparse autoencoders on activations, from the store or from the live model: one, or a sweep on one stream.
 
-Leaves workdir/sae/final (`models.sae.load_sae` reads it) and workdir/sae/metrics.jsonl. The state, in which the step is
-also the position in the data, is checkpointed: stopped and run again, training ends with the same numbers.
+Leaves workdir/sae/final (`models.sae.load_sae` reads it) and workdir/sae/metrics.jsonl; of a sweep, the same under
+workdir/sweep/<name>, which later stages take as a workdir: see `train.sweep`. The states of all SAEs are checkpointed
+together in workdir/sae/checkpoints, written while training goes on. Batches and random keys are functions of the seed
+and the step, so the step is also the position in the data, and no buffer need be saved: killed at any moment and run
+again, training ends with the same numbers, to the last bit on the same mesh, and up to rounding on another mesh or with
+another number of processes.
 """
 
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
 import itertools
+import json
 import math
+import os
+import pathlib
+import statistics
 import time
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_interp import activations, store, text
-from jax_interp.sae import losses, train_step
+from jax_interp.sae import kernels, train_step
 from models import sae, sharding
-from train import capture, command, windows
+from train import capture, command, dashboards, processes, recipes, sweep, throughput, windows
 
 SAMPLE_TOKENS = 32_768  # for pre_bias and mse_scale, as OpenAI's trainer takes
-MULTI_TOPK_RATIO, MULTI_TOPK_WEIGHT = 4, 1 / 8  # L(k) + L(4k) / 8 (Gao et al. 2024)
-RECIPES = ('topk', 'multi_topk')
 SOURCES = ('store', 'live')
+AUTO = 'auto'  # kernels
+# What changes how training is watched, and not the SAE: a run may go on with others.
+WATCHING = {'checkpoints': 2, 'spike_factor': 5.0, 'log_to': ''}
+SPIKE_LINES, SPIKE_LEAST = 100, 20  # logged losses whose median a loss is compared with, and how many there must be
+TIMES = ('tokens_per_s', 'mfu', 'waiting_for_data')  # metrics that are not the same in every run
 
 
-def _objective(settings) -> losses.TopK:
-  levels = ((settings.k, 1.0),)
-  if settings.recipe == 'multi_topk':
-    levels += ((min(MULTI_TOPK_RATIO * settings.k, settings.n_latents), MULTI_TOPK_WEIGHT),)
-  return losses.TopK(levels, settings.auxk, settings.auxk_coef, settings.dead_tokens)
+@dataclasses.dataclass
+class _Member:
+  """One of the SAEs that are trained."""
 
+  name: str
+  settings: ml_collections.ConfigDict
+  plan: recipes.Plan
+  folder: pathlib.Path
+  log: command.MetricsLog = None
+  show: Callable = None  # writes to a dashboard
+  logged: collections.deque = None  # the last losses
 
-def _reader(config, workdir):
-  """Returns `read(examples)`, and which tokens are trained on, bool [example, token]: neither padding nor special."""
-  site = config.sae.site
-  if config.sae.source == 'store':
-    saved = capture.open_store(config, workdir)
-    saved.width(site)
-    return saved.reader(site), saved.keep()
-  subject = command.subject(config, workdir)
-  windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
-  windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
-  read = activations.live_reader(subject.model, windows_et, site, config.capture.batch_size, config.capture.dtype)
-  return read, text.kept(windows_et, text.special_ids(subject.tokenizer))
+  @property
+  def target_site(self) -> str | None:
+    return self.settings.get('target_site') or None
 
-
-def _check(settings):
-  for field, known in (('recipe', RECIPES), ('source', SOURCES)):
-    if settings[field] not in known:
-      raise ValueError(f'sae.{field} {settings[field]!r} is unknown; choose one of {", ".join(known)}')
-  sae.check_settings(settings.n_latents, settings.k, settings.normalization)
-  sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
+  @property
+  def sites(self) -> tuple[str, ...]:
+    return (self.settings.site, self.target_site) if self.target_site else (self.settings.site,)
 
 
 def made_with(config, workdir) -> dict:
-  """Returns all that the SAE depends on."""
-  return {'sae': config.sae, 'seed': config.seed, **capture.made_with(config, workdir)}
+  """Returns all that the SAE, or the sweep, depends on."""
+  settings = {field: value for field, value in config.sae.items() if field not in WATCHING}
+  if not settings.get('sweep'):
+    settings.pop('sweep', None)
+  if not settings.get('target_site'):
+    settings.pop('target_site', None)
+  return {'sae': settings, 'seed': config.seed, **capture.made_with(config, workdir)}
 
 
 def load(config, workdir) -> sae.SparseAutoencoder:
@@ -61,82 +78,367 @@ def load(config, workdir) -> sae.SparseAutoencoder:
 
   Raises:
     FileNotFoundError: it is not finished.
-    ValueError: it was made with another config.
+    ValueError: it was made with another config, or is one of a sweep, which config.sae_name has to name.
   """
+  if config.sae.get('sweep'):
+    name, *_ = names = list(sweep.members(config))
+    raise ValueError(
+      f'sae.sweep trains {", ".join(names)}; choose one with --config.sae_name={name} '
+      f'--workdir={sweep.folder(workdir, name)}'
+    )
   command.require(workdir / 'sae', made_with(config, workdir), 'train.sae')
   return sae.load_sae(workdir / 'sae' / 'final')
 
 
+def _streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
+  """Returns `batches(step, part)`, which yields {site: activations [b, d]}: of all sites those of the same tokens."""
+  settings = config.sae
+  if settings.source == 'store':
+    saved = capture.open_store(config, workdir)
+    for site in sites:
+      saved.width(site)
+    readers, keep_et = {site: saved.reader(site) for site in sites}, saved.keep()
+  else:
+    subject = command.subject(config, workdir)
+    windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
+    windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
+    readers = activations.live_readers(
+      subject.model, windows_et, sites, config.capture.batch_size, config.capture.dtype
+    )
+    keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
+
+  def batches(step, part=(0, 1)):
+    found = [
+      activations.shuffled_batches(
+        read, keep_et, settings.batch_size, settings.buffer_examples, config.seed, step, part
+      )
+      for read in readers.values()
+    ]
+    for rows in zip(*found, strict=True):
+      yield dict(zip(readers, rows, strict=True))
+
+  return batches
+
+
+def _members(config, workdir) -> list[_Member]:
+  settings = config.sae
+  if settings.source not in SOURCES:
+    raise ValueError(f'sae.source {settings.source!r} is unknown; choose one of {", ".join(SOURCES)}')
+  if settings.source == 'live' and jax.process_count() > 1:
+    raise ValueError(
+      f'sae.source live is of one process, and there are {jax.process_count()}; capture to a store that all share'
+    )
+  if _watching(settings, 'checkpoints') < 2:
+    raise ValueError(
+      f'sae.checkpoints {settings.checkpoints} is less than 2: only the step after it tells that the last one is good'
+    )
+  sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
+  n_steps = math.ceil(settings.tokens / settings.batch_size)
+  found = []
+  for name, own in sweep.members(config).items():
+    plan = recipes.plan(own, n_steps, bool(own.get('target_site')))
+    found.append(_Member(name, own, plan, sweep.folder(workdir, name) / 'sae'))
+  return found
+
+
+def _choose_kernels(settings, members, widths, path):
+  """Replaces kernels 'auto' by the fastest here, chosen once for a folder: others would round otherwise.
+
+  Args:
+    settings: config.sae.
+    members: whose plans are replaced.
+    widths: {site: d}.
+    path: of the file that keeps the choice for runs that go on.
+  """
+  own = {
+    member.name: (member.settings.n_latents, widths[member.settings.site], member.settings.k)
+    for member in members
+    if member.plan.settings.get('kernels') == AUTO
+  }
+  if not own:
+    return
+
+  def choose():
+    if not path.exists():
+      store.write_json(path, {name: kernels.fastest(*sizes) for name, sizes in own.items()})
+    return json.loads(path.read_text('utf-8'))
+
+  chosen = processes.on_first(choose)
+  n_steps = math.ceil(settings.tokens / settings.batch_size)
+  for member in members:
+    if member.name in own:
+      with_kernels = {**member.settings.to_dict(), 'kernels': chosen[member.name]}
+      member.plan = recipes.plan(with_kernels, n_steps, member.target_site is not None)
+
+
+def _watching(settings, field):
+  return settings.get(field, WATCHING[field])
+
+
 def run(config, workdir):
-  """Trains the SAE, or resumes; says so and returns when it is there.
+  """Trains the SAE, or all of a sweep, or resumes; says so and returns when they are there.
 
   Raises:
-    ValueError: the SAE there was made with another config, the activations are of another model or site, sizes do not
-      fit, or the loss is not finite.
+    ValueError: the SAE there was made with another config, or another command is making it; the activations are of
+      another model or site; sizes do not fit; a loss spikes or is not finite.
     FileNotFoundError: there are no activations.
+    ImportError: the dashboard is not installed.
   """
-  settings, folder = config.sae, workdir / 'sae'
-  _check(settings)
-  if command.claim(folder, made_with(config, workdir)) and (folder / 'final').exists():
-    return
-  read, keep_et = _reader(config, workdir)
-
-  def batches(step):
-    return activations.shuffled_batches(read, keep_et, settings.batch_size, settings.buffer_examples, config.seed, step)
-
-  sample_bd = np.concatenate(list(itertools.islice(batches(0), math.ceil(SAMPLE_TOKENS / settings.batch_size))))
-  key = jax.random.key(config.seed)
-  fresh = sae.init_sae(key, sample_bd, settings.n_latents, settings.k, settings.normalization)
-  tx = train_step.adam(settings.learning_rate, settings.warmup_steps, settings.adam_eps, settings.clip)
-  state = train_step.init_state(fresh, sample_bd, tx, settings.ema)
-  if store.latest_step(folder / 'checkpoints') is not None:
-    state = store.restore_checkpoint(folder / 'checkpoints', state)
-  state = _train(settings, folder, state, tx, batches(int(state.step)))
-  sae.save(folder / 'final', train_step.trained_sae(state, settings.ema))
-  command.finish(folder)
-
-
-def _train(settings, folder, state, tx, batches) -> train_step.TrainState:
-  objective, checkpoints = _objective(settings), folder / 'checkpoints'
-  first, n_steps = int(state.step), math.ceil(settings.tokens / settings.batch_size)
-  log = command.MetricsLog(folder / 'metrics.jsonl', first)
-  total, initial = (steps * settings.batch_size for steps in (n_steps, first))
-  bar, started = command.progress(None, total, 'train.sae', 'tokens', initial), time.time()
-  for step in range(first, n_steps, settings.steps_per_dispatch):
-    steps = range(step + 1, min(step + settings.steps_per_dispatch, n_steps) + 1)
-    acts_sbd = sharding.place(np.stack(list(itertools.islice(batches, len(steps)))), 'step batch d_model')
-    state, metrics = train_step.train_steps(state, acts_sbd, tx, objective, settings.ema)
-    metrics = jax.device_get(metrics)  # waits for the steps
-    if not np.isfinite(metrics['loss']).all():
-      raise ValueError(_not_finite(steps[np.isfinite(metrics['loss']).argmin()], checkpoints))
-    done = steps[-1]
-    tokens_per_s = (done - first) * settings.batch_size / (time.time() - started)
-    for i, number in enumerate(steps):
-      if number % settings.log_every == 0 or number == n_steps:
-        numbers = {name: values[i].item() for name, values in metrics.items()}
-        log.write({'step': number, **numbers, 'tokens_per_s': tokens_per_s})
-    bar.set_postfix(
-      loss=f'{metrics["loss"][-1]:.4f}',
-      fvu=f'{metrics["normalized_mse"][-1]:.4f}',
-      l0=f'{metrics["l0"][-1]:.1f}',
-      dead=metrics['dead'][-1],
-      refresh=False,
+  processes.agree()  # all are here
+  with processes.together():
+    members, made = _members(config, workdir), made_with(config, workdir)
+    part = processes.part()
+  same = json.dumps([made, config.mesh], default=lambda settings: settings.to_dict(), sort_keys=True)
+  processes.check_same('config or model', hashlib.sha256(same.encode()).hexdigest())
+  with contextlib.ExitStack() as held:
+    processes.on_first(lambda: held.enter_context(processes.locked(workdir / 'sae')) and None)
+    if processes.on_first(lambda: _claim(config, workdir, members, made)):
+      return
+    with processes.together():
+      batches = _streams(config, workdir, list(dict.fromkeys(site for member in members for site in member.sites)))
+    key, sample = jax.random.key(config.seed), _sample(batches, config.sae)
+    _choose_kernels(
+      config.sae, members, {site: x.shape[1] for site, x in sample.items()}, workdir / 'sae' / 'kernels.json'
     )
-    bar.update(len(steps) * settings.batch_size)
-    stopping = command.stopping()  # asked once: what is said to be saved is saved
-    if stopping or done // settings.checkpoint_every > step // settings.checkpoint_every:
-      store.save_checkpoint(checkpoints, done, state)
-    if stopping and done < n_steps:
-      raise command.Stopped(f'step {done} of {n_steps} is saved in {folder}; run the same command to go on')
-  bar.close()
-  return state
+    states = {member.name: _fresh(member, sample, key) for member in members}
+    checkpoints = held.enter_context(
+      store.Checkpoints(workdir / 'sae' / 'checkpoints', _watching(config.sae, 'checkpoints'), scored=True)
+    )
+    if checkpoints.steps():
+      with processes.together():
+        states = checkpoints.restore(states)
+    first = int(next(iter(states.values())).step)
+    for member in members:
+      member.log = command.MetricsLog(member.folder / 'metrics.jsonl', first)
+      member.logged = collections.deque((line['loss'] for line in member.log.before), SPIKE_LINES)
+      log_to = _watching(config.sae, 'log_to') if jax.process_index() == 0 else ''
+      name = member.name or workdir.name
+      shown = dashboards.writer(log_to, member.folder / log_to, name, member.settings.to_dict(), first)
+      member.show = held.enter_context(shown)
+    dispatches = _dispatches(config.sae, first, batches(first, part))
+    states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
+    for member in members:
+      _finish(member, states[member.name])
+    processes.on_first(lambda: command.finish(workdir / 'sae'))
 
 
-def _not_finite(step, checkpoints) -> str:
-  last = store.latest_step(checkpoints)
-  kept = 'there is no checkpoint yet' if last is None else f'the last good checkpoint is {checkpoints / str(last)}'
-  return f'the loss is not finite at step {step}; {kept}. Lower sae.learning_rate or set sae.clip, in another --workdir'
+def _claim(config, workdir, members, made) -> bool:
+  """Makes the folders; returns whether all is done."""
+  if command.claim(workdir / 'sae', made) and all((member.folder / 'final').exists() for member in members):
+    return True
+  for member in members:
+    if not member.name:
+      continue
+    place = sweep.folder(workdir, member.name)
+    named = config.copy_and_resolve_references()
+    with named.unlocked():
+      named.sae_name = member.name
+    command.claim(place / 'sae', made_with(sweep.chosen(named), workdir))
+    for shared in ('lm', 'activations', 'text'):  # what later stages look for in a workdir
+      if (workdir / shared).exists() and not (place / shared).exists():
+        os.symlink(os.path.relpath(workdir / shared, place), place / shared)
+  return False
+
+
+def _sample(batches, settings) -> dict[str, jax.Array]:
+  """Returns {site: the first SAMPLE_TOKENS of the stream}, which fresh states depend on, in every process."""
+  found = list(itertools.islice(batches(0), math.ceil(SAMPLE_TOKENS / settings.batch_size)))
+  whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+  return {
+    site: jax.make_array_from_process_local_data(whole, np.concatenate([batch[site] for batch in found]))
+    for site in found[0]
+  }
+
+
+def _fresh(member, sample, key) -> train_step.TrainState:
+  plan, samples = member.plan, [sample[site] for site in member.sites]
+  return train_step.init_state(plan.init(key, *samples), samples[0], plan.tx, plan.ema, *samples[1:])
+
+
+def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax.Array]]]:
+  """Yields the numbers of the steps that are dispatched together and {site: activations [step, batch, d]} on the mesh.
+
+  Another thread makes the next ones meanwhile.
+  """
+  n_steps, n_each = math.ceil(settings.tokens / settings.batch_size), settings.steps_per_dispatch
+  by_token = NamedSharding(jax.sharding.get_mesh(), sharding.spec('step batch d_model'))
+
+  def place(rows):
+    acts_sbd = np.stack(rows)
+    shape = len(rows), settings.batch_size, acts_sbd.shape[-1]
+    return jax.make_array_from_process_local_data(by_token, acts_sbd, shape)
+
+  def make(step):
+    if step >= n_steps:
+      return None
+    steps = range(step + 1, min(step + n_each, n_steps) + 1)
+    found = list(itertools.islice(batches, len(steps)))
+    return steps, {site: place([batch[site] for batch in found]) for site in found[0]}
+
+  with contextlib.closing(batches), concurrent.futures.ThreadPoolExecutor(1) as thread:
+    made = thread.submit(make, first)
+    for step in itertools.count(first + n_each, n_each):
+      if (item := made.result()) is None:
+        return
+      made = thread.submit(make, step)
+      yield item
+
+
+class _Clock:
+  """Measures between two lines of the log: tokens a second, MFU, and the share of time that was waiting for data."""
+
+  def __init__(self, peak: float):
+    self._peak, self._tokens, self._flops, self._waited = peak, 0, 0.0, 0.0
+    self._began = time.perf_counter()
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - began
+
+  def add(self, tokens: int, flops: float):
+    self._tokens, self._flops = self._tokens + tokens, self._flops + flops
+
+  def read(self, anew: bool) -> dict[str, float]:
+    """Returns the numbers since it began, and begins anew if asked."""
+    seconds = time.perf_counter() - self._began
+    found = self._tokens / seconds, self._flops / seconds / self._peak, self._waited / seconds
+    if anew:
+      self.__init__(self._peak)
+    return dict(zip(TIMES, found, strict=True))
+
+
+def flops(trained: sae.SparseAutoencoder, l0: float) -> float:
+  """Returns the floating-point operations that training on a token cannot do without, whatever the recipe.
+
+  Every latent's pre-activation is computed, 2 d each. Of the latents that are on, the decoder's row is added,
+  multiplied with the error and given a gradient, 2 d_out each time, and the encoder's row is given one, 2 d. AuxK,
+  pre-activations computed twice and products with zeros do not count: MFU says how far from the ideal a run is.
+
+  Args:
+    trained: the SAE.
+    l0: latents that are on, on average.
+  """
+  (n_latents, d), d_out = trained.encoder.shape, trained.decoder.shape[1]
+  skip = 0 if trained.skip is None else 4 * d * d_out
+  return 2 * n_latents * d + l0 * (6 * d_out + 2 * d) + skip
+
+
+def _train(settings, members, states, checkpoints, dispatches, key, first) -> dict[str, train_step.TrainState]:
+  n_steps = math.ceil(settings.tokens / settings.batch_size)
+  clock = _Clock(throughput.peak('float32')[0])
+  total, initial = (steps * settings.batch_size for steps in (n_steps, first))
+  with contextlib.closing(dispatches), command.progress(None, total, 'train.sae', 'tokens', initial) as bar:
+    while True:
+      with clock.waiting(), processes.together():
+        steps, acts = next(dispatches, (None, None))
+      if steps is None:
+        return states
+      before, done, found = steps[0] - 1, steps[-1], {}
+      for member in members:
+        plan, (acts_sbd, *targets) = member.plan, [acts[site] for site in member.sites]
+        states[member.name], found[member.name] = train_step.train_steps(
+          states[member.name], acts_sbd, plan.tx, plan.recipe, plan.ema, *targets
+        )
+      found = jax.device_get(found)  # waits for the steps
+      for member in members:
+        _check_losses(settings, member, steps, found[member.name]['loss'], checkpoints)
+        plan, name = member.plan, member.name
+        states[name] = plan.between(states[name], before, acts[member.settings.site], key)
+        clock.add(len(steps) * settings.batch_size, len(steps) * settings.batch_size * _flops(states, found, name))
+      lines = [i for i, step in enumerate(steps) if step % settings.log_every == 0 or step == n_steps]
+      times = clock.read(anew=bool(lines))
+      for member, i in itertools.product(members, lines):
+        _log(member, steps[i], found[member.name], i, times)
+      bar.set_postfix(_status(found, times), refresh=False)
+      bar.update(len(steps) * settings.batch_size)
+      # Asked once: what is said to be saved is saved.
+      stopping = processes.any_of(command.stopping())
+      if stopping or done == n_steps or done // settings.checkpoint_every > before // settings.checkpoint_every:
+        if not _finite(states):
+          _forget_after(checkpoints, before)
+          raise ValueError(_bad('the weights are not finite', done, checkpoints))
+        score = np.mean([metrics['normalized_mse'].mean() for metrics in found.values()]).item()
+        checkpoints.save(done, states, score)
+      if stopping and done < n_steps:
+        checkpoints.wait()
+        raise command.Stopped(
+          f'step {done} of {n_steps} is saved in {checkpoints.folder.parent}; run the same command to go on'
+        )
+
+
+def _flops(states, found, name):
+  return flops(states[name].sae, float(found[name]['l0'].mean()))
+
+
+def _log(member, step, metrics, i, times):
+  numbers = {'explained_variance': 1 - metrics['normalized_mse'][i].item()}
+  numbers |= {name: values[i].item() for name, values in metrics.items()}
+  member.logged.append(numbers['loss'])
+  member.log.write({'step': step, **numbers, **times})
+  member.show(step, numbers | times)
+
+
+def _status(found, times) -> dict[str, str]:
+  """Returns what the progress line says: of several SAEs, the numbers of the one that reconstructs worst."""
+  name, metrics = max(found.items(), key=lambda item: item[1]['normalized_mse'][-1])
+  numbers = {
+    'loss': f'{metrics["loss"][-1]:.4f}',
+    'fvu': f'{metrics["normalized_mse"][-1]:.4f}',
+    'l0': f'{metrics["l0"][-1]:.1f}',
+    'dead': metrics['dead'][-1],
+    'MFU': f'{times["mfu"]:.1%}',
+    'waiting': f'{times["waiting_for_data"]:.0%}',
+  }
+  return {'worst': name, **numbers} if len(found) > 1 else numbers
+
+
+@jax.jit
+def _all_finite(states):
+  floats = [x for x in jax.tree.leaves(states) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
+
+
+def _finite(states) -> bool:
+  return bool(_all_finite(states))
+
+
+def _check_losses(settings, member, steps, loss_s, checkpoints):
+  """Raises if a loss is not finite or spikes, when what could hold the cause is no longer among the checkpoints."""
+  bad_s, what = ~np.isfinite(loss_s), 'is not finite'
+  factor = _watching(settings, 'spike_factor')
+  if factor and not bad_s.any() and len(member.logged) >= SPIKE_LEAST:
+    usual = statistics.median(member.logged)
+    bad_s = (loss_s > factor * usual) & (np.array(steps) > member.settings.get('warmup_steps', 0))
+    what = f'is more than {factor:g} times {usual:.4g}, the median of the last {len(member.logged)} that were logged'
+  if bad_s.any():
+    step = steps[bad_s.argmax()]
+    _forget_after(checkpoints, step - 2)  # the loss of a step tells of the state before it
+    raise ValueError(_bad(f'the loss{f" of {member.name}" * bool(member.name)} {what}', step, checkpoints))
+
+
+def _forget_after(checkpoints, step):
+  for saved in checkpoints.steps():
+    if saved > step:
+      checkpoints.delete(saved)
+
+
+def _bad(what, step, checkpoints) -> str:
+  last = max(checkpoints.steps(), default=None)
+  kept = (
+    'there is no checkpoint yet' if last is None else f'the last good checkpoint is {checkpoints.folder / str(last)}'
+  )
+  return f'{what} at step {step}; {kept}. Lower sae.learning_rate or set sae.clip, in another --workdir'
+
+
+def _finish(member, state):
+  kept = member.plan.finish(state)
+  if jax.process_count() > 1:  # process 0 writes all of it
+    kept = jax.jit(lambda x: x, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(kept)
+  processes.on_first(lambda: sae.save(member.folder / 'final', kept))
+  processes.on_first(lambda: command.finish(member.folder))
 
 
 if __name__ == '__main__':
-  command.main(run)
+  command.main(run, several_processes=True)

@@ -1,4 +1,4 @@
-"""Two processes capture together what one does, to the bit; killed or stopped at any moment, they go on to it."""
+"""Two processes capture and train together what one does; killed or stopped at any moment, they go on to it."""
 
 import contextlib
 import filecmp
@@ -20,6 +20,7 @@ from flax import nnx
 
 from models import gpt2, pretrained, sharding
 from train import capture
+from train import sae as train_sae
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = ['the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'dog', 'ran', 'far']
@@ -257,3 +258,151 @@ def test_processes_that_are_not_all_named_are_told(subject, tmp_path):
   codes, outputs = finish([start(subject, tmp_path, '--n_processes=2', '--process=2')])
   assert codes == [1]
   assert 'name no process of several; give all three' in outputs[0]
+
+
+SAE = ('-m', 'train.sae')
+N_STEPS = 16
+STOPPED = """
+import itertools, os, signal, sys
+from train import command, sae
+at, number, numbers, write = int(sys.argv.pop(1)), getattr(signal, sys.argv.pop(1)), itertools.count(1), None
+write = command.MetricsLog.write
+def writing(*args):
+  if next(numbers) == at:
+    os.kill(os.getpid(), number)
+  write(*args)
+command.MetricsLog.write = writing
+command.main(sae.run, several_processes=True)
+"""
+
+
+def stopped(at, number='SIGTERM'):
+  """Training that gets a signal while the n-th line of its curve is written, a line a step."""
+  return '-c', STOPPED, str(at), number
+
+
+@pytest.fixture(scope='module')
+def captured(subject, tmp_path_factory):
+  """A subject whose config trains an SAE, and what one process captured."""
+  folder = tmp_path_factory.mktemp('captured')
+  settings = {
+    'site': 'h.1.resid.post_mlp',
+    'source': 'store',
+    'recipe': 'topk',
+    'n_latents': 64,
+    'k': 4,
+    'normalization': 'layer_norm_std',
+    'auxk': 8,
+    'auxk_coef': 1 / 32,
+    'kernels': 'sparse',
+    'dead_tokens': 256,
+    'tokens': N_STEPS * 64,
+    'batch_size': 64,
+    'buffer_examples': 64,
+    'learning_rate': 1e-3,
+    'warmup_steps': 2,
+    'adam_eps': 1e-8,
+    'ema': 0.9,
+    'sweep': ({'name': 'first'}, {'name': 'second', 'site': 'h.0.resid.post_mlp', 'recipe': 'relu', 'l1_coef': 0.1}),
+    'steps_per_dispatch': 1,
+    'checkpoint_every': 3,
+    'log_every': 1,
+  }
+  content = (subject / 'config.py').read_text()
+  (folder / 'config.py').write_text(
+    f'{content}\nsubject = get_config\ndef get_config():\n  config = subject()\n'
+    f'  config.seed, config.sae = 0, ml_collections.ConfigDict({settings!r})\n  return config\n'
+  )
+  codes, outputs = finish([start(folder, folder, n_devices=2)])
+  assert codes == [0], outputs
+  return folder
+
+
+def trained(captured, workdir, n_processes, program=SAE, data=2, model=1, victims=(0, 1)):
+  """Trains by one process of as many devices or by two, of which the victims run the program; codes and outputs."""
+  if not (workdir / 'activations').exists():
+    workdir.mkdir(exist_ok=True)
+    (workdir / 'activations').symlink_to(captured / 'activations')
+  flags = f'--config.mesh.data={data}', f'--config.mesh.model={model}'
+  if n_processes == 1:
+    return finish([start(captured, workdir, *flags, n_devices=data * model, program=program)])
+  programs = [program if i in victims else SAE for i in range(2)]
+  running = start_two(captured, workdir, *flags, programs=programs)
+  if 'SIGKILL' in program:
+    running[victims[0]].wait(TIMEOUT)
+    time.sleep(GRACE)
+    running[1 - victims[0]].kill()
+  return finish(running)
+
+
+def curves(workdir):
+  found = {}
+  for name in ('first', 'second'):
+    lines = (workdir / 'sweep' / name / 'sae' / 'metrics.jsonl').read_text().splitlines()
+    found[name] = [{k: v for k, v in json.loads(line).items() if k not in train_sae.TIMES} for line in lines]
+    assert len(lines) == N_STEPS
+  return found
+
+
+def saes(workdir):
+  return [(workdir / 'sweep' / name / 'sae' / 'final' / 'sae.safetensors').read_bytes() for name in ('first', 'second')]
+
+
+def assert_close(ours, theirs):
+  for name, lines in curves(theirs).items():
+    for a, b in zip(curves(ours)[name], lines, strict=True):
+      assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.fixture(scope='module')
+def trained_by_two(captured, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('trained')
+  codes, outputs = trained(captured, workdir, 2)
+  assert codes == [0, 0], outputs
+  return workdir
+
+
+def test_together_two_processes_train_what_one_does(captured, trained_by_two, tmp_path):
+  codes, outputs = trained(captured, tmp_path / 'one', 1)
+  assert codes == [0], outputs
+  assert_close(tmp_path / 'one', trained_by_two)
+  codes, outputs = trained(captured, trained_by_two, 2)
+  assert codes == [0, 0], outputs
+  assert 'is done already' in outputs[0]
+
+
+def test_sigterm_to_one_stops_both_and_they_go_on_to_the_same_bits(captured, trained_by_two, tmp_path):
+  codes, outputs = trained(captured, tmp_path, 2, stopped(9), victims=(1,))  # two lines a step
+  assert codes == [0, 0], outputs
+  for output in outputs:
+    assert f'stopped: step 5 of {N_STEPS} is saved' in output
+  codes, outputs = trained(captured, tmp_path, 2)
+  assert codes == [0, 0], outputs
+  assert saes(tmp_path) == saes(trained_by_two)
+  assert curves(tmp_path) == curves(trained_by_two)
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_killed_one_of_two_they_go_on_to_the_same_bits(captured, trained_by_two, tmp_path, victim):
+  codes, outputs = trained(captured, tmp_path, 2, stopped(13, 'SIGKILL'), victims=(victim,))  # while 6 is written
+  assert codes[victim] == -signal.SIGKILL, outputs
+  codes, outputs = trained(captured, tmp_path, 2)
+  assert codes == [0, 0], outputs
+  assert saes(tmp_path) == saes(trained_by_two)
+  assert curves(tmp_path) == curves(trained_by_two)
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes_and_on_other_meshes(captured, trained_by_two, tmp_path):
+  for n_processes, shape, program in [(2, (2, 1), stopped(9)), (1, (1, 1), stopped(7)), (2, (1, 2), SAE)]:
+    codes, outputs = trained(captured, tmp_path, n_processes, program, *shape)
+    assert codes == [0] * n_processes, outputs
+    assert all('stopped: ' in output for output in outputs) == (program != SAE)
+  assert_close(tmp_path, trained_by_two)
+
+
+def test_live_training_by_several_processes_is_refused(captured, tmp_path):
+  running = start_two(captured, tmp_path, '--config.sae.source=live', programs=(SAE, SAE))
+  codes, outputs = finish(running)
+  assert codes == [1, 1]
+  for output in outputs:
+    assert 'sae.source live is of one process, and there are 2; capture to a store that all share' in output

@@ -1,9 +1,15 @@
-"""train.sae: from a store or the live model, stopped and resumed to the same numbers, and what it says to bad input."""
+"""train.sae: from a store or the live model, one or many, stopped or killed and resumed to the same numbers."""
 
+import itertools
 import json
+import os
 import pathlib
+import random
+import signal
 import subprocess
 import sys
+import time
+import types
 
 import jax
 import ml_collections
@@ -13,11 +19,12 @@ import pytest
 from jax_interp import store
 from models import pretrained, sharding
 from models import sae as sae_lib
-from train import capture, command
+from train import capture, command, sweep
 from train import sae as train_sae
 
 ROOT = pathlib.Path(__file__).parents[2]
 SITE, D, N_EXAMPLES, N_TOKENS = 'h.1.resid.post_mlp', 24, 40, 16
+OTHER_SITE, D_OTHER = 'h.2.resid.post_mlp', 20  # whose activations are the other's, times 2, plus 1
 N_STEPS, BATCH = 12, 32
 
 
@@ -31,6 +38,7 @@ def config_of(tmp_path, **changes):
     'normalization': 'layer_norm_std',
     'auxk': 16,
     'auxk_coef': 1 / 32,
+    'kernels': 'sparse',
     'dead_tokens': 4 * BATCH,
     'learning_rate': 1e-2,
     'warmup_steps': 2,
@@ -52,7 +60,7 @@ def config_of(tmp_path, **changes):
     'batch_size': 8,
     'dtype': 'float32',
   }
-  return ml_collections.ConfigDict(
+  config = ml_collections.ConfigDict(
     {
       'seed': 0,
       'mesh': {'data': 1, 'model': 1},
@@ -62,6 +70,13 @@ def config_of(tmp_path, **changes):
       'sae': settings | changes,
     }
   )
+  return config.lock()  # as commands have it
+
+
+@pytest.fixture(autouse=True)
+def _peak(monkeypatch):
+  """Measuring what the processor could do takes seconds."""
+  monkeypatch.setattr(train_sae.throughput, 'peak', lambda dtype: (1e12, 'made up'))
 
 
 @pytest.fixture
@@ -76,7 +91,7 @@ def activations(tmp_path):
   rng = np.random.default_rng(0)
   saved = store.ActivationStore.create(
     tmp_path / 'store',
-    {SITE: (D,)},
+    {SITE: (D,), OTHER_SITE: (D_OTHER,)},
     N_EXAMPLES,
     N_TOKENS,
     shard_examples=8,
@@ -89,8 +104,8 @@ def activations(tmp_path):
   for shard in saved.missing():
     sources = (rng.random((8, N_TOKENS, 40)) < 0.1) * rng.exponential(size=(8, N_TOKENS, 40))
     acts = (sources @ directions + 0.1 * rng.normal(size=(8, N_TOKENS, D))).astype(np.float32)
-    saved.write(shard, np.zeros((8, N_TOKENS), np.int32), {SITE: acts})
-  for workdir in (tmp_path, tmp_path / 'whole', tmp_path / 'stopped'):
+    saved.write(shard, np.zeros((8, N_TOKENS), np.int32), {SITE: acts, OTHER_SITE: 2 * acts[..., :D_OTHER] + 1})
+  for workdir in (tmp_path, *(tmp_path / name for name in ('whole', 'stopped', 'alone'))):
     command.claim(workdir / 'activations', capture.made_with(config_of(tmp_path), workdir))
     store.write_json(workdir / 'activations' / capture.REPORT, {'store': saved.manifest, 'run': None})
     command.finish(workdir / 'activations')
@@ -102,7 +117,7 @@ def metrics(workdir):
 
 
 def numbers(workdir):
-  return [{name: value for name, value in line.items() if name != 'tokens_per_s'} for line in metrics(workdir)]
+  return [{name: value for name, value in line.items() if name not in train_sae.TIMES} for line in metrics(workdir)]
 
 
 def weights(workdir):
@@ -114,7 +129,10 @@ def test_training_leaves_an_sae_and_its_curve_and_is_not_repeated(mesh, activati
   train_sae.run(config, activations)
   lines = metrics(activations)
   assert [line['step'] for line in lines] == list(range(2, 41, 2))
-  assert set(lines[0]) == {'step', 'loss', 'auxk', 'normalized_mse', 'l0', 'dead', 'grad_norm', 'tokens_per_s'}
+  of_recipe = {'loss', 'auxk', 'normalized_mse', 'l0', 'dead', 'grad_norm'}
+  assert set(lines[0]) == {'step', *of_recipe, 'explained_variance', 'tokens_per_s', 'mfu', 'waiting_for_data'}
+  assert lines[0]['explained_variance'] == 1 - lines[0]['normalized_mse']
+  assert all(line['mfu'] > 0 and 0 <= line['waiting_for_data'] < 1 for line in lines)
   assert lines[-1]['normalized_mse'] < 0.8 * lines[0]['normalized_mse']
   assert lines[-1]['l0'] == 4
   assert max(line['dead'] for line in lines) > 0
@@ -143,12 +161,34 @@ def test_a_stopped_run_resumes_to_bit_identical_weights(mesh, activations, monke
   assert numbers(activations / 'stopped') == numbers(activations / 'whole')
 
 
+def start(folder, config, workdir, *program, **environment):
+  (folder / 'config.py').write_text(
+    f'import ml_collections\ndef get_config(): return ml_collections.ConfigDict({config.to_dict()!r})\n'
+  )
+  flags = [f'--config={folder / "config.py"}', f'--workdir={workdir}']
+  return subprocess.Popen(
+    [sys.executable, *(program or ('-m', 'train.sae')), *flags],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | environment,
+  )
+
+
+def finish(process):
+  stderr = process.communicate(timeout=600)[1]
+  assert process.returncode == 0, stderr
+  return stderr
+
+
+def assert_same(workdir, whole):
+  assert weights(workdir) == weights(whole)
+  assert numbers(workdir) == numbers(whole)
+
+
 def test_sigterm_saves_and_the_same_command_ends_with_the_same_weights(activations):
   """The signal comes while the third line of the curve is written."""
   config = config_of(activations, tokens=40 * BATCH, steps_per_dispatch=4, checkpoint_every=100)
-  (activations / 'config.py').write_text(
-    f'import ml_collections\ndef get_config(): return ml_collections.ConfigDict({config.to_dict()!r})\n'
-  )
   code = """
 import itertools, os, signal
 from train import command, sae
@@ -161,17 +201,136 @@ command.MetricsLog.write = writing
 command.main(sae.run)
 """
   workdir = activations / 'stopped'
-  flags = [f'--config={activations / "config.py"}', f'--workdir={workdir}']
-  run = lambda *program: subprocess.run(
-    [sys.executable, *program, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=600, check=True
-  )
-  assert 'stopped: step 8 of 40 is saved' in run('-c', code).stderr
+  assert 'stopped: step 8 of 40 is saved' in finish(start(activations, config, workdir, '-c', code))
   assert not (workdir / 'sae' / 'final').exists()
-  run('-m', 'train.sae')
+  finish(start(activations, config, workdir))
   with jax.set_mesh(sharding.make_mesh()):
     train_sae.run(config, activations / 'whole')
-  assert weights(workdir) == weights(activations / 'whole')
-  assert numbers(workdir) == numbers(activations / 'whole')
+  assert_same(workdir, activations / 'whole')
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(activations):
+  """First while a checkpoint is written but not yet under its name, then at random moments, then not."""
+  config = config_of(activations, tokens=400 * BATCH, steps_per_dispatch=1, checkpoint_every=3, log_every=1)
+  code = """
+import os, signal, time
+from train import command, sae
+rename, write, at = os.rename, command.MetricsLog.write, int(os.environ['KILL_AT'])
+def renaming(source, target, *args, **kwargs):
+  if str(target).endswith(f'/checkpoints/{at}'):
+    os.kill(os.getpid(), signal.SIGKILL)
+  rename(source, target, *args, **kwargs)
+def writing(*args):
+  time.sleep(0.003)  # no run gets to the end before it is killed
+  write(*args)
+os.rename, command.MetricsLog.write = renaming, writing
+command.main(sae.run)
+"""
+  workdir, rng = activations / 'stopped', random.Random(0)
+  log = workdir / 'sae' / 'metrics.jsonl'
+  lines = lambda: len(log.read_text().splitlines()) if log.exists() else 0
+  killed = start(activations, config, workdir, '-c', code, KILL_AT='30')
+  assert killed.wait(600) == -signal.SIGKILL
+  assert [path.name for path in (workdir / 'sae' / 'checkpoints').iterdir() if path.name.startswith('30.')]
+  found = []
+  for _ in range(4):
+    before = lines()
+    running = start(activations, config, workdir, '-c', code, KILL_AT='0')
+    wanted = before + rng.randint(1, 40)
+    while lines() < wanted and running.poll() is None:
+      time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.02))
+    running.kill()
+    assert running.wait(600) == -signal.SIGKILL, running.stderr.read()
+    found.append(lines())
+  assert found[-1] < 400
+  finish(start(activations, config, workdir))
+  with jax.set_mesh(sharding.make_mesh()):
+    train_sae.run(config, activations / 'whole')
+  assert_same(workdir, activations / 'whole')
+
+
+def test_a_run_goes_on_on_another_mesh(activations, monkeypatch):
+  config = config_of(activations)
+  with jax.set_mesh(sharding.make_mesh(1, 1)):
+    train_sae.run(config, activations / 'whole')
+  for shape, stop_after in (((2, 2), 2), ((1, 4), 3), ((1, 1), 99)):
+    asked = itertools.count(1)
+    monkeypatch.setattr(command, 'stopping', lambda: next(asked) >= stop_after)  # noqa: B023
+    with jax.set_mesh(sharding.make_mesh(*shape)):
+      if stop_after == 99:
+        train_sae.run(config, activations / 'stopped')
+      else:
+        with pytest.raises(command.Stopped):
+          train_sae.run(config, activations / 'stopped')
+  for ours, theirs in zip(numbers(activations / 'stopped'), numbers(activations / 'whole'), strict=True):
+    assert ours == pytest.approx(theirs, rel=2e-3)  # sums are rounded otherwise, and Adam with a tiny eps enlarges that
+
+
+SWEEP = (
+  {'name': 'wide', 'n_latents': 256},
+  {'recipe': 'multi_topk', 'learning_rate': 3e-3},
+  {'site': OTHER_SITE},
+  {'name': 'relu', 'recipe': 'relu', 'l1_coef': 0.1},
+  {
+    'name': 'transcoder',
+    'site': OTHER_SITE,
+    'target_site': SITE,
+    'skip': True,
+    'normalization': 'expected_average',
+    'recipe': 'gated',
+    'l1_coef': 0.1,
+  },
+)
+NAMES = ['wide', 'recipe=multi_topk,learning_rate=0.003', f'site={OTHER_SITE}', 'relu', 'transcoder']
+
+
+def alone(config, name):
+  with config.unlocked():
+    config.sae_name = name
+  return sweep.chosen(config)
+
+
+def test_saes_on_one_stream_are_those_trained_alone(mesh, activations):
+  config = config_of(activations, sweep=SWEEP)
+  train_sae.run(config, activations)
+  assert sorted(path.name for path in (activations / 'sweep').iterdir()) == sorted(NAMES)
+  for name in NAMES:
+    own, place = alone(config, name), activations / 'sweep' / name
+    train_sae.run(own, activations / 'alone')
+    if mesh.size == 1:
+      assert_same(place, activations / 'alone')
+    found = train_sae.load(own, place)
+    assert np.isfinite(found.encoder[...]).all()
+    (activations / 'alone' / 'sae').rename(activations / f'trained {name}')
+  assert train_sae.load(alone(config, 'wide'), activations / 'sweep' / 'wide').n_latents == 256
+  assert capture.open_store(alone(config, 'wide'), activations / 'sweep' / 'wide').width(SITE) == D
+  transcoder = train_sae.load(alone(config, 'transcoder'), activations / 'sweep' / 'transcoder')
+  assert (transcoder.encoder.shape[1], transcoder.decoder.shape[1]) == (D_OTHER, D)
+  with pytest.raises(ValueError, match=r'sae.sweep trains wide, .*; choose one with --config.sae_name=wide --workdir='):
+    train_sae.load(config, activations)
+
+
+def test_a_stopped_sweep_resumes_to_bit_identical_weights(mesh, activations, monkeypatch, capsys):
+  config = config_of(activations, sweep=SWEEP)
+  train_sae.run(config, activations / 'whole')
+  asked = itertools.count(1)
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked) >= 3)
+  with pytest.raises(command.Stopped, match='step 6 of 12 is saved'):
+    train_sae.run(config, activations / 'stopped')
+  monkeypatch.setattr(command, 'stopping', lambda: False)
+  train_sae.run(config, activations / 'stopped')
+  for name in NAMES:
+    assert_same(activations / 'stopped' / 'sweep' / name, activations / 'whole' / 'sweep' / name)
+  train_sae.run(config, activations / 'stopped')
+  assert 'is done already' in capsys.readouterr().out
+
+
+def test_rows_of_several_sites_are_of_the_same_tokens(one_device, activations):
+  streams = train_sae._streams(config_of(activations), activations, [SITE, OTHER_SITE])
+  for part in ((0, 1), (1, 2)):
+    for batch in itertools.islice(streams(3, part), 50):
+      np.testing.assert_allclose(batch[OTHER_SITE], 2 * batch[SITE][:, :D_OTHER] + 1, rtol=1e-5)
 
 
 def test_the_live_model_gives_what_its_store_gives(one_device, tmp_path):
@@ -179,22 +338,31 @@ def test_the_live_model_gives_what_its_store_gives(one_device, tmp_path):
   rng = np.random.default_rng(0)
   texts = [' '.join(rng.choice(words, 60)) for _ in range(30)]
   (tmp_path / 'corpus.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
-  config = config_of(tmp_path)
+  config = config_of(tmp_path, sweep=({}, {'name': 'other', 'site': OTHER_SITE}))
+  config.capture.sites = (SITE, OTHER_SITE)
   capture.run(config, tmp_path / 'captured')
   for source, name in (('store', 'captured'), ('live', 'live')):
     config.sae.source = source
     train_sae.run(config, tmp_path / name)
-  for stored, live in zip(numbers(tmp_path / 'captured'), numbers(tmp_path / 'live'), strict=True):
-    assert stored == pytest.approx(live, rel=1e-4)  # batches of another composition round otherwise
+  for name in ('base', 'other'):
+    both = (numbers(tmp_path / source / 'sweep' / name) for source in ('captured', 'live'))
+    for stored, live in zip(*both, strict=True):
+      assert stored == pytest.approx(live, rel=1e-4)  # batches of another composition round otherwise
 
 
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
     ({'k': 129}, 'k 129 is not within 1 and n_latents 128'),
-    ({'recipe': 'relu'}, "sae.recipe 'relu' is unknown; choose one of topk, multi_topk"),
+    ({'recipe': 'top'}, "sae.recipe 'top' is unknown; choose one of topk, multi_topk"),
     ({'source': 'disk'}, "sae.source 'disk' is unknown; choose one of store, live"),
-    ({'site': 'h.9.resid.post_mlp'}, "are of h.1.resid.post_mlp, not 'h.9.resid.post_mlp'"),
+    ({'site': 'h.9.resid.post_mlp'}, "are of h.1.resid.post_mlp, h.2.resid.post_mlp, not 'h.9.resid.post_mlp'"),
+    ({'checkpoints': 1}, 'sae.checkpoints 1 is less than 2'),
+    ({'log_to': 'paper'}, "sae.log_to 'paper' is unknown; choose one of tensorboard, wandb, or leave it empty"),
+    ({'sweep': ({'batch_size': 64},)}, 'sae.sweep overrides batch_size, which all SAEs of a stream share'),
+    ({'sweep': ({'n_latens': 64},)}, "overrides 'n_latens', which is no field of sae; the nearest are n_latents"),
+    ({'sweep': ({'k': 2}, {'k': 2})}, "sae.sweep has 'k=2' twice"),
+    ({'sweep': ({}, {'k': 300})}, 'k 300 is not within 1 and n_latents 128'),
     ({'learning_rate': float('nan')}, 'the loss is not finite at step 2; there is no checkpoint yet'),
   ],
 )
@@ -223,3 +391,163 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(one_device, ac
   monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
   with pytest.raises(ValueError, match=r'not finite at step 7; the last good checkpoint is .*/sae/checkpoints/4'):
     train_sae.run(config, activations)
+
+
+def test_a_checkpoint_is_not_good_before_the_step_after_it(one_device, activations, monkeypatch):
+  """The loss of step 5 is of the weights that step 4 left, which are then saved no longer."""
+  config = config_of(activations, steps_per_dispatch=1, checkpoint_every=2)
+  train_steps = train_sae.train_step.train_steps
+
+  def poisoned(state, acts_sbd, *args):
+    return train_steps(state, acts_sbd * np.nan if state.step == 4 else acts_sbd, *args)
+
+  monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
+  with pytest.raises(ValueError, match=r'not finite at step 5; the last good checkpoint is .*/sae/checkpoints/2\.'):
+    train_sae.run(config, activations)
+  assert store.latest_step(activations / 'sae' / 'checkpoints') == 2
+  assert [line['step'] for line in metrics(activations)] == [2, 4]
+
+
+def test_weights_that_are_not_finite_are_not_saved(one_device, activations, monkeypatch):
+  config = config_of(activations, checkpoint_every=2)
+  train_steps = train_sae.train_step.train_steps
+
+  def poisoned(state, *args):
+    state, found = train_steps(state, *args)
+    return state._replace(mse_scale=state.mse_scale / (state.step != 6)), found
+
+  monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
+  with pytest.raises(ValueError, match=r'the weights are not finite at step 6; the last good checkpoint is .*/4\.'):
+    train_sae.run(config, activations)
+
+
+@pytest.mark.parametrize(('factor', 'resumed'), [(5.0, False), (5.0, True), (0.0, False)])
+def test_a_loss_that_spikes_stops_the_run(one_device, activations, monkeypatch, factor, resumed):
+  """After a resumption too: what is usual is read from the log."""
+  monkeypatch.setattr(train_sae, 'SPIKE_LEAST', 8)
+  config = config_of(activations, tokens=40 * BATCH, log_every=1, spike_factor=factor, normalization='none')
+  train_steps = train_sae.train_step.train_steps
+  monkeypatch.setattr(
+    train_sae.train_step,
+    'train_steps',
+    lambda state, acts_sbd, *args: train_steps(state, acts_sbd * (10 if state.step == 20 else 1), *args),
+  )
+  if resumed:
+    asked = itertools.count(1)
+    monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 9)
+    with pytest.raises(command.Stopped, match='step 18'):
+      train_sae.run(config, activations)
+  if not factor:
+    train_sae.run(config, activations)
+    return
+  message = (
+    r'loss is more than 5 times .*, the median of the last \d+ that were logged at step 21; .*checkpoints/1[68]\.'
+  )
+  with pytest.raises(ValueError, match=message):
+    train_sae.run(config, activations)
+  assert store.latest_step(activations / 'sae' / 'checkpoints') in (16, 18)
+
+
+def test_watching_may_change_when_a_run_goes_on_and_the_best_checkpoint_stays(one_device, activations, monkeypatch):
+  asked = itertools.count(1)
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
+  with pytest.raises(command.Stopped):
+    train_sae.run(config_of(activations), activations)
+  train_sae.run(config_of(activations, checkpoints=3, spike_factor=0.0, checkpoint_every=4), activations)
+  with store.Checkpoints(activations / 'sae' / 'checkpoints', 3, scored=True) as checkpoints:
+    assert checkpoints.steps()[-3:] == [6, 8, 12]
+    assert checkpoints.best() in checkpoints.steps()
+
+
+class FakeTensorBoard(types.SimpleNamespace):
+  """tensorboardX, which keeps what it is given."""
+
+  def __init__(self):
+    super().__init__(opened=[], scalars=[], closed=0)
+
+  def SummaryWriter(self, folder, purge_step):
+    self.opened.append((folder, purge_step))
+    return self
+
+  def add_scalar(self, name, value, step):
+    self.scalars.append((name, value, step))
+
+  def flush(self):
+    pass
+
+  def close(self):
+    self.closed += 1
+
+
+class FakeWandb(types.SimpleNamespace):
+  """wandb, which keeps what it is given."""
+
+  def __init__(self):
+    super().__init__(runs=[], scalars=[], closed=0)
+
+  def init(self, **settings):
+    self.runs.append(settings)
+    return self
+
+  def log(self, numbers, step):
+    self.scalars += [(name, value, step) for name, value in numbers.items()]
+
+  def finish(self):
+    self.closed += 1
+
+
+@pytest.mark.parametrize('log_to', ['tensorboard', 'wandb'])
+def test_a_dashboard_is_shown_what_is_logged(one_device, activations, monkeypatch, log_to):
+  fake = FakeTensorBoard() if log_to == 'tensorboard' else FakeWandb()
+  monkeypatch.setitem(sys.modules, train_sae.dashboards.MODULES[log_to], fake)
+  asked = itertools.count(1)
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
+  with pytest.raises(command.Stopped):
+    train_sae.run(config_of(activations, log_to=log_to), activations)
+  train_sae.run(config_of(activations, log_to=log_to), activations)
+  expected = [
+    (name, value, line['step']) for line in metrics(activations) for name, value in line.items() if name != 'step'
+  ]
+  assert sorted(fake.scalars) == sorted(expected)
+  assert fake.closed == 2
+  if log_to == 'tensorboard':
+    assert fake.opened == [(str(activations / 'sae' / 'tensorboard'), step) for step in (1, 7)]
+  else:
+    assert fake.runs[0]['id'] == fake.runs[1]['id']
+    assert fake.runs[0]['config']['k'] == 4
+
+
+@pytest.mark.parametrize(('log_to', 'module'), train_sae.dashboards.MODULES.items())
+def test_a_dashboard_that_is_not_installed_is_named(one_device, activations, monkeypatch, log_to, module):
+  monkeypatch.setitem(sys.modules, module, None)  # importing it raises
+  with pytest.raises(
+    ImportError, match=rf"needs {module}, which is not installed; pip install 'jax-interp\[{log_to}\]'"
+  ):
+    train_sae.run(config_of(activations, log_to=log_to), activations)
+
+
+def test_flops_of_a_token_are_those_of_its_products():
+  rng = np.random.default_rng(0)
+  place = lambda *shape: rng.normal(size=shape)
+  with jax.set_mesh(sharding.make_mesh()):
+    found = sae_lib.SparseAutoencoder(place(64, 8), place(64, 8), place(8), place(64), sae_lib.TopK(4))
+  # Encoding 64 latents of 8; of 4 of them three products with the decoder's rows and one with the encoder's.
+  assert train_sae.flops(found, 4) == 2 * 64 * 8 + 4 * 4 * 2 * 8
+
+
+def test_the_choice_of_kernels_is_kept_for_runs_that_go_on(one_device, activations, monkeypatch):
+  asked, chosen = itertools.count(1), iter(['dense', 'sparse'])
+  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k: next(chosen))
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
+  used, train_steps = set(), train_sae.train_step.train_steps
+
+  def train(state, acts_sbd, tx, recipe, *args):
+    used.add(recipe.kernels)
+    return train_steps(state, acts_sbd, tx, recipe, *args)
+
+  monkeypatch.setattr(train_sae.train_step, 'train_steps', train)
+  with pytest.raises(command.Stopped):
+    train_sae.run(config_of(activations, kernels='auto'), activations)
+  train_sae.run(config_of(activations, kernels='auto'), activations)
+  assert used == {'dense'}
+  assert next(chosen) == 'sparse'
