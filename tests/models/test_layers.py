@@ -1,5 +1,6 @@
 """Matrix products of several axes, against NumPy in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,16 +11,35 @@ from models import layers
 KERNELS = {'qkv': ((6, 3, 4, 2), 1, 'btd,dxhc->btxhc'), 'heads': ((4, 2, 6), 2, 'bthc,hcd->btd')}
 
 
+@pytest.mark.parametrize('lead', [(2, 3), (3, layers.FEW_ROWS)], ids=['few', 'many'])
 @pytest.mark.parametrize('name', list(KERNELS))
-def test_a_linear_map_and_what_reads_a_direction_of_its_output(mesh, name):
+def test_a_linear_map_and_what_reads_a_direction_of_its_output(mesh, name, lead):
   shape, n_in, subscripts = KERNELS[name]
   cut = [('model' if size == 4 else None) for size in shape]
   linear = layers.Linear(nnx.Rngs(0), shape, n_in=n_in, std=1.0, out_sharding=tuple(cut))
   rng = np.random.default_rng(0)
   linear.bias[...] = jnp.asarray(rng.normal(size=shape[n_in:]), jnp.float32)
   kernel = np.asarray(linear.kernel[...], np.float64)
-  x, y = (rng.normal(size=(2, 3, *axes)).astype(np.float32) for axes in (shape[:n_in], shape[n_in:]))
+  x, y = (rng.normal(size=(*lead, *axes)).astype(np.float32) for axes in (shape[:n_in], shape[n_in:]))
   expected = np.tensordot(x, kernel, n_in) + np.asarray(linear.bias[...], np.float64)
   np.testing.assert_allclose(linear(subscripts, x), expected, atol=1e-5)
   axes = tuple(range(-len(shape) + n_in, 0))
-  np.testing.assert_allclose(linear.read(y), np.tensordot(y, kernel, (axes, axes)), atol=1e-5)
+  read = np.tensordot(y, kernel, (axes, axes))
+  np.testing.assert_allclose(linear.read(y), read, atol=1e-5)
+  product = lambda x: linear(subscripts, x)
+  changed = rng.normal(size=x.shape).astype(np.float32)
+  np.testing.assert_allclose(jax.jit(lambda x: jax.vjp(product, x)[1](y)[0])(x), read, atol=1e-5)
+  np.testing.assert_allclose(jax.jvp(product, (x,), (changed,))[1], np.tensordot(changed, kernel, n_in), atol=1e-5)
+  np.testing.assert_allclose(jax.vmap(product)(x[:, None])[:, 0], expected, atol=1e-5)
+
+
+def test_few_rows_of_bfloat16_and_their_gradient(mesh):
+  linear = layers.Linear(nnx.Rngs(0), (64, 96), n_in=1, std=1.0)  # large enough that XLA calls a library
+  linear = jax.tree.map(lambda x: x.astype(jnp.bfloat16), linear)
+  rng, kernel = np.random.default_rng(0), np.asarray(linear.kernel[...], np.float64)
+  x, y = (jnp.asarray(rng.normal(size=(1, layers.FEW_ROWS, n)), jnp.bfloat16) for n in kernel.shape)
+  product = lambda x: linear('btd,dn->btn', x)
+  found = jax.jit(product)(x), jax.jit(lambda x, y: jax.vjp(product, x)[1](y)[0])(x, y)
+  expected = np.asarray(x, np.float64) @ kernel, np.asarray(y, np.float64) @ kernel.T
+  for got, exact in zip(found, expected, strict=True):
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8, atol=1e-5)  # rounded once
