@@ -27,7 +27,7 @@ def get_config():
     'auxk_coef': 1 / 32,
     'dead_tokens': 10_000_000,
     'compute_dtype': 'float32',  # or 'bfloat16'
-    'kernels': 'sparse',  # or 'dense'
+    'kernels': 'dense',  # with 32,768 latents on a device, by the estimate twice as fast as 'sparse'
     'tokens': 40_000_000_000,
     'batch_size': 131_072,
     'learning_rate': 0.0,  # by the rule

@@ -205,14 +205,14 @@ def table(found: Plan) -> str:
   mesh = ' x '.join(f'{axis} {size}' for axis, size in shape.items())
   head = [
     f'{s["recipe"]}{f" ({how})" * bool(how)}: width {" to ".join(map(str, found.widths))}, {own}',
-    f'{found.batch_size:,} tokens a step, {found.n_steps} steps a call, mesh {mesh}',
+    f'{found.batch_size:,} tokens a step, {found.n_steps} step{"s" * (found.n_steps > 1)} a call, mesh {mesh}',
   ]
   parts = [
     '\n'.join(head),
     'Bytes on each device (GB of 10^9)\n' + _memory_table(found),
     f'Largest arrays that the program makes, not all at once (temporaries are {_gb(found.memory.temporaries)} GB)\n'
     + _arrays_table(found.program.arrays),
-    'Operations of each device in a step (TFLOP; a range: cheapest to dearest branches)\n' + _flops_table(found),
+    'Work of each device in a step (a range: cheapest to dearest branches)\n' + _work_table(found),
     'Collectives of each device in a step\n' + _collectives_table(found),
     _estimates(found),
   ]
@@ -250,19 +250,19 @@ def _arrays_table(arrays):
   return _columns([(_gb(array.n_bytes), array.shape, f'made {array.n_made}x') for array in arrays[:N_ARRAYS]], 'rlr')
 
 
-def _range(low, high, scale):
-  low, high = _number(low / scale), _number(high / scale)
+def _range(low, high):
+  low, high = _number(low / 1e9), _number(high / 1e9)
   return low if low == high else f'{low} to {high}'
 
 
-def _flops_table(found):
+def _work_table(found):
   least, most, n = found.program.least, found.program.most, found.n_steps
   rows = [
-    ('needed by any program', _number(found.needed_flops / 1e12)),
-    ('matrix products of this one', _range(least.flops / n, most.flops / n, 1e12)),
-    ("XLA's analysis (a loop's body once, all branches)", _number(found.xla_flops / 1e12)),
-    ('rows read by index, GB', _range(least.gathered_bytes / n, most.gathered_bytes / n, 1e9)),
-    ('rows added to by index, GB', _range(least.scattered_bytes / n, most.scattered_bytes / n, 1e9)),
+    ('GFLOP needed by any program', _number(found.needed_flops / 1e9)),
+    ('GFLOP of matrix products in this one', _range(least.flops / n, most.flops / n)),
+    ("GFLOP by XLA's analysis, of a call (a loop's body once, all branches)", _number(found.xla_flops / 1e9)),
+    ('GB of rows read by index', _range(least.gathered_bytes / n, most.gathered_bytes / n)),
+    ('GB of rows added to by index', _range(least.scattered_bytes / n, most.scattered_bytes / n)),
   ]
   return _columns(rows, 'lr')
 
