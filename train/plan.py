@@ -260,7 +260,7 @@ def _work_table(found):
   rows = [
     ('GFLOP needed by any program', _number(found.needed_flops / 1e9)),
     ('GFLOP of matrix products in this one', _range(least.flops / n, most.flops / n)),
-    ("GFLOP by XLA's analysis, of a call (a loop's body once, all branches)", _number(found.xla_flops / 1e9)),
+    ("GFLOP by XLA's analysis, of a call (a loop's body once, dearest branches)", _number(found.xla_flops / 1e9)),
     ('GB of rows read by index', _range(least.gathered_bytes / n, most.gathered_bytes / n)),
     ('GB of rows added to by index', _range(least.scattered_bytes / n, most.scattered_bytes / n)),
   ]
