@@ -17,11 +17,15 @@ import numpy as np
 
 from models.topk import local_topk
 
-BLOCK_ROWS = 1024  # tokens at a time, so that the pre-activations of a whole batch are never allocated
+# Tokens encoded at a time, so that the pre-activations of a whole batch are never allocated: on a CPU 512 are slower
+# and 4,096 no faster; an accelerator needs more to be busy.
+BLOCK_ROWS, ACCELERATOR_BLOCK_ROWS = 1024, 8192
 # Gathers of that many of a token's k rows become one loop over [b, d]: on a CPU twice as fast as one row at a time.
 # All k at once are no faster, and compiling takes as long as there are terms.
 UNROLL = 16
-DOT_ROWS = 64  # tokens whose k rows are gathered together, [64, k, d], for their products with one vector a token
+DOT_ROWS = (
+  64  # on a CPU, tokens whose k rows are gathered together, [64, k, d], for their products with one vector each
+)
 SPARE_CANDIDATES = 16  # beyond k, taken by products in bfloat16: of them the k largest in float32 are exact
 PROBE_ROWS, PROBE_REPEATS = 1024, 3
 
@@ -82,8 +86,13 @@ def _sparse_weighted_sum(values_bk, w_ld, indices_bk):
 
 
 def _sparse_dot(x_bd, w_ld, indices_bk):
-  dot = lambda x_bd, indices_bk: jnp.einsum('bd,bkd->bk', x_bd, _rows(w_ld, indices_bk))
-  return _in_blocks(dot, DOT_ROWS, x_bd, indices_bk)
+  def blocked(x_bd, w_ld, indices_bk):
+    dot = lambda x_bd, indices_bk: jnp.einsum('bd,bkd->bk', x_bd, _rows(w_ld, indices_bk))
+    return _in_blocks(dot, DOT_ROWS, x_bd, indices_bk)
+
+  # An accelerator's compiler gathers within the sum; a CPU's would do it one number at a time.
+  fused = lambda x_bd, w_ld, indices_bk: jnp.sum(x_bd[:, None] * _rows(w_ld, indices_bk), axis=-1)
+  return jax.lax.platform_dependent(x_bd, w_ld, indices_bk, cpu=blocked, default=fused)
 
 
 def _sparse_add_outer(total_ld, values_bk, x_bd, indices_bk):
@@ -135,8 +144,12 @@ def select_topk(
   """
 
   def largest(x_bd, encoder_ld, k):
-    product = lambda x_bd: jnp.einsum('bd,ld->bl', x_bd, encoder_ld, preferred_element_type=latent_bias_l.dtype)
-    return _in_blocks(lambda x_bd: local_topk(product(x_bd), k, latent_bias_l), BLOCK_ROWS, x_bd)
+    def in_blocks(n_rows, x_bd, encoder_ld, latent_bias_l):
+      product = lambda x_bd: jnp.einsum('bd,ld->bl', x_bd, encoder_ld, preferred_element_type=latent_bias_l.dtype)
+      return _in_blocks(lambda x_bd: local_topk(product(x_bd), k, latent_bias_l), n_rows, x_bd)
+
+    cpu, accelerator = (functools.partial(in_blocks, n_rows) for n_rows in (BLOCK_ROWS, ACCELERATOR_BLOCK_ROWS))
+    return jax.lax.platform_dependent(x_bd, encoder_ld, latent_bias_l, cpu=cpu, default=accelerator)
 
   if dtype == 'float32':
     return largest(x_bd, encoder_ld, k)

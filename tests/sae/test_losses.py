@@ -66,7 +66,8 @@ def expected(params, target, new_clock, levels):
   with jax.enable_x64(True):
     params = {name: jnp.asarray(value.astype(np.float32), jnp.float64) for name, value in params.items()}
     x_bd, target_bd = jnp.asarray(X, jnp.float64), jnp.asarray(target, jnp.float64)
-    return jax.value_and_grad(dense_loss)(params, x_bd, target_bd, new_clock > DEAD, levels, 8, 0.5)
+    loss, grads = jax.value_and_grad(dense_loss)(params, x_bd, target_bd, new_clock > DEAD, levels, 8, 0.5)
+    return loss, {name: np.array(grad) for name, grad in grads.items()}
 
 
 def check(grads, expected_grads):
