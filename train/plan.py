@@ -247,7 +247,7 @@ def preacts_bytes(found: Plan) -> int:
 
 
 def _arrays_table(arrays):
-  return _columns([(_gb(array.n_bytes), array.shape, f'made {array.n_made}x') for array in arrays[:N_ARRAYS]], 'rlr')
+  return _columns([(_gb(array.n_bytes), array.shape, f'made {array.n_made}x') for array in arrays[:N_ARRAYS]], 'rll')
 
 
 def _range(low, high):

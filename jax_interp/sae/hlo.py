@@ -355,7 +355,9 @@ class _Reader:
           called = {name for names, _ in self._runs(instruction) for name in names} - seen
           seen |= called
           left += called
-    return sorted((Array(shape, n_bytes(shape), n) for shape, n in counts.items()), key=lambda array: -array.n_bytes)
+    return sorted(
+      (Array(shape, n_bytes(shape), n) for shape, n in counts.items()), key=lambda array: (-array.n_bytes, array.shape)
+    )
 
 
 def _bound(choose, works):
