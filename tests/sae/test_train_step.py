@@ -36,11 +36,13 @@ def test_losses_and_weights_are_the_same_on_every_mesh():
   for shape in [(1, 1), (2, 1), (1, 4), (2, 4), (1, 8)]:
     with jax.set_mesh(sharding.make_mesh(*shape)):
       state, metrics = train_step.train_steps(start(tx), activations(1), tx, OBJECTIVE, EMA)
-      results.append((jax.device_get(metrics), weights(train_step.trained_sae(state, EMA))))
-  (metrics, kept), *others = results
+      clock_l = np.asarray(state.tokens_since_fired_l)
+      results.append((jax.device_get(metrics), clock_l, weights(train_step.trained_sae(state, EMA))))
+  (metrics, clock_l, kept), *others = results
   assert metrics['dead'][-1] > 0
   assert metrics['auxk'][-1] > 0
-  for other_metrics, other in others:
+  for other_metrics, other_clock_l, other in others:
+    np.testing.assert_array_equal(other_clock_l, clock_l)  # the same latents fired
     for name in metrics:
       np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-6, err_msg=name)
     for name, value in kept.items():
