@@ -25,6 +25,9 @@ from jax_interp import text
 from models import sharding, sites
 
 _BUFFERS = 3  # one that is read, one whose batches are given, and one of which the last batch is still in use
+# Held while a program of several devices is dispatched in one of two threads, a live reader's and the one that trains:
+# were it dispatched in another order to each device, the programs' collectives would wait for each other.
+DISPATCHING = threading.Lock()
 BLOCK = 4  # examples that are read together, and a store's chunk: 0.4 MB for GPT-2 small in bfloat16, 64 tokens
 
 
@@ -138,7 +141,9 @@ def stream(
       meter.waiting.clear()
       meter.started = time.perf_counter()
     meter.batches += 1
-    found = jax.tree.map(_local_parts, capture(model, placed_bt, names, dtype))
+    with DISPATCHING:
+      found = capture(model, placed_bt, names, dtype)
+    found = jax.tree.map(_local_parts, found)
     return first, len(tokens_bt), *found
 
   def fetch(first, n, acts, bad):

@@ -196,7 +196,9 @@ def run(config, workdir):
       return
     with processes.together():
       batches = _streams(config, workdir, list(dict.fromkeys(site for member in members for site in member.sites)))
-    key, sample = jax.random.key(config.seed), _sample(batches, config.sae)
+    key = jax.random.key(config.seed)
+    with processes.together():
+      sample = _sample(batches, config.sae)
     _choose_kernels(
       config.sae, members, {site: x.shape[1] for site, x in sample.items()}, workdir / 'sae' / 'kernels.json'
     )
@@ -205,16 +207,19 @@ def run(config, workdir):
       store.Checkpoints(workdir / 'sae' / 'checkpoints', _watching(config.sae, 'checkpoints'), scored=True)
     )
     if checkpoints.steps():
+      # Not to hold both in memory.
+      states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
       with processes.together():
         states = checkpoints.restore(states)
     first = int(next(iter(states.values())).step)
-    for member in members:
-      member.log = command.MetricsLog(member.folder / 'metrics.jsonl', first)
-      member.logged = collections.deque((line['loss'] for line in member.log.before), SPIKE_LINES)
-      log_to = _watching(config.sae, 'log_to') if jax.process_index() == 0 else ''
-      name = member.name or workdir.name
-      shown = dashboards.writer(log_to, member.folder / log_to, name, member.settings.to_dict(), first)
-      member.show = held.enter_context(shown)
+    with processes.together():
+      for member in members:
+        member.log = command.MetricsLog(member.folder / 'metrics.jsonl', first)
+        member.logged = collections.deque((line['loss'] for line in member.log.before), SPIKE_LINES)
+        log_to = _watching(config.sae, 'log_to') if jax.process_index() == 0 else ''
+        name = member.name or workdir.name
+        shown = dashboards.writer(log_to, member.folder / log_to, name, member.settings.to_dict(), first)
+        member.show = held.enter_context(shown)
     dispatches = _dispatches(config.sae, first, batches(first, part))
     states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
     for member in members:
@@ -336,16 +341,18 @@ def _train(settings, members, states, checkpoints, dispatches, key, first) -> di
       if steps is None:
         return states
       before, done, found = steps[0] - 1, steps[-1], {}
-      for member in members:
-        plan, (acts_sbd, *targets) = member.plan, [acts[site] for site in member.sites]
-        states[member.name], found[member.name] = train_step.train_steps(
-          states[member.name], acts_sbd, plan.tx, plan.recipe, plan.ema, *targets
-        )
+      with activations.DISPATCHING:
+        for member in members:
+          plan, (acts_sbd, *targets) = member.plan, [acts[site] for site in member.sites]
+          states[member.name], found[member.name] = train_step.train_steps(
+            states[member.name], acts_sbd, plan.tx, plan.recipe, plan.ema, *targets
+          )
       found = jax.device_get(found)  # waits for the steps
       for member in members:
         _check_losses(settings, member, steps, found[member.name]['loss'], checkpoints)
         plan, name = member.plan, member.name
-        states[name] = plan.between(states[name], before, acts[member.settings.site], key)
+        with activations.DISPATCHING:
+          states[name] = plan.between(states[name], before, acts[member.settings.site], key)
         clock.add(len(steps) * settings.batch_size, len(steps) * settings.batch_size * _flops(states, found, name))
       lines = [i for i, step in enumerate(steps) if step % settings.log_every == 0 or step == n_steps]
       times = clock.read(anew=bool(lines))
@@ -401,7 +408,9 @@ def _all_finite(states):
 
 
 def _finite(states) -> bool:
-  return bool(_all_finite(states))
+  with activations.DISPATCHING:
+    found = _all_finite(states)
+  return bool(found)
 
 
 def _check_losses(settings, member, steps, loss_s, checkpoints):
@@ -415,12 +424,13 @@ def _check_losses(settings, member, steps, loss_s, checkpoints):
   if bad_s.any():
     step = steps[bad_s.argmax()]
     _forget_after(checkpoints, step - 2)  # the loss of a step tells of the state before it
-    raise ValueError(_bad(f'the loss{f" of {member.name}" * bool(member.name)} {what}', step, checkpoints))
+    said = _bad(f'the loss{f" of {member.name}" * bool(member.name)} {what}', step, checkpoints)
+    raise ValueError(said if 'finite' in what else f'{said}, or raise sae.spike_factor to go on')
 
 
 def _forget_after(checkpoints, step):
   for saved in checkpoints.steps():
-    if saved > step:
+    if saved > max(step, 0):  # what training began with stays
       checkpoints.delete(saved)
 
 

@@ -333,7 +333,7 @@ def test_rows_of_several_sites_are_of_the_same_tokens(one_device, activations):
       np.testing.assert_allclose(batch[OTHER_SITE], 2 * batch[SITE][:, :D_OTHER] + 1, rtol=1e-5)
 
 
-def test_the_live_model_gives_what_its_store_gives(one_device, tmp_path):
+def test_the_live_model_gives_what_its_store_gives(mesh, tmp_path):
   words = ['array', 'of', 'the', 'returns', 'shape', 'value', 'if', 'none', 'is', 'given', 'float', 'matrix']
   rng = np.random.default_rng(0)
   texts = [' '.join(rng.choice(words, 60)) for _ in range(30)]
