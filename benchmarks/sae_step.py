@@ -379,7 +379,7 @@ def _measure(title, variants, rounds):
 def _compare(job, peers, rounds):
   variants = [_Variant('ours', kind='ours', **job)]
   for name, (kind, tuned, module) in PEERS.items():
-    if kind not in peers:
+    if kind not in peers or (kind == 'torch' and job['auxk']):  # it has no AuxK
       continue
     if importlib.util.find_spec(module) is None:
       print(f'{name}: not installed')
