@@ -217,14 +217,15 @@ def init_sae(
     pre_bias_d = geometric_median(normalize(sample_bd, normalization, input_scale)[0])
     return _placed(encoder_ld, unit_rows(encoder_ld), pre_bias_d, TopK(k), normalization, input_scale)
 
-  @jax.jit
-  def rescaled_encoder(sae):
-    probes_bd = unit_rows(jax.random.normal(probe_key, (256, d))) + sae.pre_bias[...]
-    latents_bl = sae.activation(sae.linear(probes_bd), sae.latent_bias[...])
-    return sae.encoder[...] / jnp.linalg.norm(latents_bl @ sae.decoder[...], axis=1).mean()
+  return _rescaled(init(jnp.asarray(sample_bd)), probe_key)
 
-  sae = init(jnp.asarray(sample_bd))
-  sae.encoder[...] = rescaled_encoder(sae)
+
+@jax.jit
+def _rescaled(sae, probe_key):
+  """Divides the encoder by the mean norm of the reconstructions of 256 random unit vectors."""
+  probes_bd = unit_rows(jax.random.normal(probe_key, (256, sae.encoder.shape[1]))) + sae.pre_bias[...]
+  latents_bl = sae.activation(sae.linear(probes_bd), sae.latent_bias[...])
+  sae.encoder[...] /= jnp.linalg.norm(latents_bl @ sae.decoder[...], axis=1).mean()
   return sae
 
 
@@ -235,10 +236,10 @@ def init_tied(
   activation,
   normalization: str = 'none',
   input_scale: float = 1.0,
-  row_norm: float = 1.0,
+  row_norm: float | None = None,
   median: bool = True,
 ) -> SparseAutoencoder:
-  """Returns a fresh SAE on the ambient mesh whose encoder and decoder are the same rows, of random directions.
+  """Returns a fresh SAE on the ambient mesh whose encoder and decoder have rows of the same random directions.
 
   Args:
     key: of the directions, which do not depend on the mesh.
@@ -247,7 +248,8 @@ def init_tied(
     activation: of `models.activation_functions`, with parameters of n_latents.
     normalization: as `SparseAutoencoder`.
     input_scale: as `SparseAutoencoder`.
-    row_norm: of every row.
+    row_norm: of every row of both; by default the decoder's is 1, and the encoder's such that random unit vectors come
+      back with about norm 1, as in `init_sae`: where half of many latents are on, tied unit rows would give back more.
     median: whether pre_bias is the geometric median of the normalised sample, or 0.
 
   Raises:
@@ -256,12 +258,13 @@ def init_tied(
 
   @jax.jit
   def init(sample_bd):
-    rows_ld = row_norm * unit_rows(jax.random.normal(key, (n_latents, sample_bd.shape[1])))
+    rows_ld = (row_norm or 1) * unit_rows(jax.random.normal(key, (n_latents, sample_bd.shape[1])))
     normed_bd = normalize(sample_bd, normalization, input_scale)[0]
     pre_bias_d = geometric_median(normed_bd) if median else jnp.zeros(sample_bd.shape[1])
     return _placed(rows_ld, rows_ld, pre_bias_d, activation, normalization, input_scale)
 
-  return init(jnp.asarray(sample_bd))
+  sae = init(jnp.asarray(sample_bd))
+  return _rescaled(sae, jax.random.fold_in(key, 1)) if row_norm is None else sae
 
 
 def _placed(encoder_ld, decoder_ld, pre_bias_d, activation, normalization, input_scale):

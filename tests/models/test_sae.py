@@ -193,17 +193,24 @@ def test_every_activation_is_its_formula_in_float64_and_comes_back_from_disk(mes
   np.testing.assert_allclose(model.decode(latents, norm), expected_recons, atol=1e-5 * np.abs(expected_recons).max())
 
 
-@pytest.mark.parametrize('row_norm', [1.0, 0.1])
+@pytest.mark.parametrize('row_norm', [1.0, 0.1, None])
 def test_tied_rows_have_the_norm_asked_for_on_any_mesh(mesh, row_norm):
   sample_bd = activations(1).reshape(-1, D)
   relu = activation_functions.ReLU()
   model = sae.init_tied(jax.random.key(0), sample_bd, L, relu, row_norm=row_norm, median=False)
-  np.testing.assert_array_equal(model.encoder[...], model.decoder[...])
+  if row_norm is None:
+    probes_bd = np.random.default_rng(0).normal(size=(1024, D)).astype(np.float32)
+    probes_bd /= np.linalg.norm(probes_bd, axis=1, keepdims=True)
+    mean_norm = np.linalg.norm(model.decode(*model.encode(probes_bd)), axis=1).mean()
+    np.testing.assert_allclose(mean_norm, 1, rtol=0.03)  # other probes than those it was scaled by
+    model.encoder[...] /= jnp.linalg.norm(model.encoder[...], axis=1).mean()
+    row_norm = 1
+  np.testing.assert_allclose(model.encoder[...], model.decoder[...], rtol=1e-5, atol=1e-7)
   np.testing.assert_allclose(np.linalg.norm(model.decoder[...], axis=1), row_norm, rtol=1e-6)
   assert not np.any(model.pre_bias[...])
   with jax.set_mesh(sharding.make_mesh(1, 1)):
     other = sae.init_tied(jax.random.key(0), sample_bd, L, relu, row_norm=row_norm)
-    np.testing.assert_array_equal(other.encoder[...], model.encoder[...])
+    np.testing.assert_allclose(other.encoder[...], model.encoder[...], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(other.pre_bias[...], sae.geometric_median(jnp.asarray(sample_bd)), rtol=1e-5)
 
 
