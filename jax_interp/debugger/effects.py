@@ -720,13 +720,20 @@ def _merge(extremes, k, columns) -> dict[tuple[int, tuple[int, ...]], np.ndarray
   for column in columns:
     for end, sign in enumerate((1, -1)):
       signed = sign * values[:, column, column, end]
-      order = np.argsort(-signed, axis=None, kind='stable')[:k]
-      order = order[signed.reshape(-1)[order] > 0]
+      order = _above_zero(signed.reshape(-1), k)
       for where, place in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
         number, _, shape = extremes[where]
         index = tuple(int(i) for i in _unravel(indices[where, column, end, place], shape))
         found.setdefault((number, index), values[where, :, column, end, place])
   return found
+
+
+def _above_zero(x: np.ndarray, k: int) -> np.ndarray:
+  """Returns the indices of the k largest of x that are above zero, in order; the earlier of equal ones first."""
+  near = np.flatnonzero(x > 0)
+  if len(near) > k:  # few of many are left to sort
+    near = near[x[near] >= np.partition(x[near], -k)[-k]]
+  return near[np.argsort(-x[near], kind='stable')[:k]]
 
 
 def _unravel(flat, shape):
@@ -746,8 +753,7 @@ def _rank(kind: str, rows: dict, k: int, n_tokens: int, columns: Sequence[int]) 
       continue
     for sign in (1, -1):
       signed = sign * values[:, column]
-      order = np.argsort(-signed, axis=None, kind='stable')[:k]
-      order = order[signed.reshape(-1)[order] > 0]
+      order = _above_zero(signed.reshape(-1), k)
       for row, token in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
         found.setdefault((*keys[row], int(token)), np.append(values[row, :, token], activation))
   return found
