@@ -1,18 +1,18 @@
 """Every recipe at several sparsities, all trained on one pass over the activations of the embedded model.
 
 Then `train.compare` sets them side by side. TopK is also trained with other numbers of latents. Penalties span L0s from
-some 8 to 64, as k does.
+some 8 to 32, as k does.
 """
 
 from configs import recipes
 
-KS = (8, 16, 32, 64)
+KS = (8, 16, 32)
 PENALTIES = {  # the field that makes a recipe sparser, and its values
-  'relu': ('l1_coef', (1.0, 2.0, 4.0, 8.0)),
-  'relu_april': ('l1_coef', (1.0, 2.0, 4.0, 8.0)),
-  'prolu': ('l1_coef', (1.0, 2.0, 4.0, 8.0)),
-  'gated': ('l1_coef', (1.0, 2.0, 4.0, 8.0)),
-  'jumprelu': ('target_l0', (8.0, 16.0, 32.0, 64.0)),
+  'relu': ('l1_coef', (1.0, 2.0, 4.0)),
+  'relu_april': ('l1_coef', (2.0, 4.0, 8.0)),
+  'prolu': ('l1_coef', (1.0, 2.0, 4.0)),
+  'gated': ('l1_coef', (3.0, 6.0, 12.0)),
+  'jumprelu': ('target_l0', (8.0, 16.0, 32.0)),
 }
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax_interp.sae.losses import partition_specs, variance
 from models.sae import SparseAutoencoder, unit_rows
 
-THRESHOLD_DECAY = 0.999  # of the average of a recipe's threshold; until 1 / (1 - decay) steps, the plain mean
+THRESHOLD_DECAY = 0.99  # of the average of a recipe's threshold, which follows the weights: they change for long
 
 
 class Recipe(Protocol):

@@ -90,7 +90,7 @@ def test_after_training_a_threshold_keeps_k_on_average(mesh):
   fresh = sae.init_sae(jax.random.key(0), acts_sbd[0], L, K)
   state, metrics = train_step.train_steps(train_step.init_state(fresh, acts_sbd[0], tx), acts_sbd, tx, recipe)
   assert metrics['normalized_mse'][-1] < 0.7 * metrics['normalized_mse'][0]
-  # The average of steps' thresholds, plain as long as there are fewer than 1,000.
+  # The average of steps' thresholds, plain as long as there are fewer than 100.
   np.testing.assert_allclose(state.threshold, np.mean(metrics['threshold']), rtol=1e-5)
   kept = batch_topk.with_threshold(state.sae, metrics['threshold'][-1])
   latents, _ = kept.encode(batches(8))
