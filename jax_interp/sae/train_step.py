@@ -133,44 +133,80 @@ def train_steps(
   """
   on_data = lambda x_bd: x_bd if x_bd is None else jax.lax.with_sharding_constraint(x_bd, P('data', None))
 
-  unit_norm, parity = objective.unit_norm, getattr(objective, 'parity', False)
-  lazy = unit_norm and getattr(objective, 'scales_rows', False) and not parity
+  lazy = getattr(objective, 'scales_rows', False) and not objective.parity
 
   def step(carry, batch):
     state, row_scale_l = carry
     acts_bd, targets_bd = batch
-    sae = state.sae
-    x_bd, target_bd = _normalized(sae, on_data(acts_bd), on_data(targets_bd))
-    metrics, tokens_since_fired_l, grads = objective.loss_and_grads(
-      sae, x_bd, target_bd, state.tokens_since_fired_l, state.mse_scale, state.step, *([row_scale_l] if lazy else [])
+    x_bd, target_bd = _normalized(state.sae, on_data(acts_bd), on_data(targets_bd))
+    found = objective.loss_and_grads(
+      state.sae,
+      x_bd,
+      target_bd,
+      state.tokens_since_fired_l,
+      state.mse_scale,
+      state.step,
+      *([row_scale_l] if lazy else []),
     )
-    if lazy:
-      sae.decoder[...] *= row_scale_l[:, None]
-    elif unit_norm:
-      if parity:
-        sae.decoder[...] = unit_rows(sae.decoder[...])
-      along_l1 = jnp.sum(grads.decoder[...] * sae.decoder[...], axis=1, keepdims=True)
-      grads.decoder[...] -= along_l1 * sae.decoder[...]
-    metrics.setdefault('grad_norm', optax.tree.norm(grads))
-    updates, opt = tx.update(grads, state.opt, sae)
-    new_sae = optax.apply_updates(sae, updates)
-    if lazy:
-      row_scale_l = _row_scale(new_sae)
-    elif unit_norm and not parity:
-      new_sae.decoder[...] = unit_rows(new_sae.decoder[...])
-    average = state.ema
-    if average is not None:
-      taken = sae if parity else _scaled(new_sae, row_scale_l)
-      average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, average, taken)
-    threshold = state.threshold
-    if 'threshold' in metrics:
-      threshold += (metrics['threshold'] - threshold) * jnp.maximum(1 - THRESHOLD_DECAY, 1 / (state.step + 1))
-    state = TrainState(new_sae, opt, average, tokens_since_fired_l, state.mse_scale, state.step + 1, threshold)
-    return (_constrain(state), row_scale_l), metrics
+    state, row_scale_l, metrics = _updated(state, row_scale_l, *found, tx, objective, ema)
+    return (state, row_scale_l), metrics
 
   row_scale_l = _row_scale(state.sae) if lazy else None
   (state, row_scale_l), metrics = jax.lax.scan(step, (state, row_scale_l), (acts_sbd, targets_sbd))
   return state._replace(sae=_scaled(state.sae, row_scale_l)), metrics
+
+
+def update(
+  state: TrainState,
+  metrics: dict[str, jax.Array],
+  tokens_since_fired_l: jax.Array,
+  grads: SparseAutoencoder,
+  tx: optax.GradientTransformation,
+  objective,
+  ema: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Returns the state after a step with these gradients, and the metrics with grad_norm; inside `jax.jit`.
+
+  Args:
+    state: before the step.
+    metrics: of the step; and the next two, as `Recipe.loss_and_grads` returns them.
+    tokens_since_fired_l: the dead clock.
+    grads: of the loss.
+    tx: the optimizer.
+    objective: has `unit_norm`, as `Recipe`.
+    ema: as for `train_steps`.
+  """
+  state, _, metrics = _updated(state, None, metrics, tokens_since_fired_l, grads, tx, objective, ema)
+  return state, metrics
+
+
+def _updated(state, row_scale_l, metrics, tokens_since_fired_l, grads, tx, objective, ema):
+  """As `update`; with the scale of the decoder's rows, they are only multiplied by it, and the next scale returned."""
+  sae, unit_norm, parity = state.sae, objective.unit_norm, getattr(objective, 'parity', False)
+  lazy = row_scale_l is not None
+  if lazy:
+    sae.decoder[...] *= row_scale_l[:, None]
+  elif unit_norm:
+    if parity:
+      sae.decoder[...] = unit_rows(sae.decoder[...])
+    along_l1 = jnp.sum(grads.decoder[...] * sae.decoder[...], axis=1, keepdims=True)
+    grads.decoder[...] -= along_l1 * sae.decoder[...]
+  metrics.setdefault('grad_norm', optax.tree.norm(grads))
+  updates, opt = tx.update(grads, state.opt, sae)
+  new_sae = optax.apply_updates(sae, updates)
+  if lazy:
+    row_scale_l = _row_scale(new_sae)
+  elif unit_norm and not parity:
+    new_sae.decoder[...] = unit_rows(new_sae.decoder[...])
+  average = state.ema
+  if average is not None:
+    taken = sae if parity else _scaled(new_sae, row_scale_l)
+    average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, average, taken)
+  threshold = state.threshold
+  if 'threshold' in metrics:
+    threshold += (metrics['threshold'] - threshold) * jnp.maximum(1 - THRESHOLD_DECAY, 1 / (state.step + 1))
+  state = TrainState(new_sae, opt, average, tokens_since_fired_l, state.mse_scale, state.step + 1, threshold)
+  return _constrain(state), row_scale_l, metrics
 
 
 def _row_scale(sae):
