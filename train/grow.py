@@ -174,7 +174,7 @@ def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathli
       print(f'{folder} is grown already; run train.sae to train on')
       return
     sites = list(filter(None, (settings.site, settings.get('target_site'))))
-    sample = train_sae._sample(train_sae._streams(config, workdir, sites), settings)
+    sample = train_sae.first_tokens(train_sae.streams(config, workdir, sites), settings)
     samples, key = [sample[site] for site in sites], jax.random.key(config.seed)
     of = _read(start, key, samples)
     before = _numbers(growth.sae_of(of), samples)

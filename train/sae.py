@@ -90,7 +90,7 @@ def load(config, workdir) -> sae.SparseAutoencoder:
   return sae.load_sae(workdir / 'sae' / 'final')
 
 
-def _streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
+def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
   """Returns `batches(step, part)`, which yields {site: activations [b, d]}: of all sites those of the same tokens."""
   settings = config.sae
   if settings.source == 'store':
@@ -142,7 +142,7 @@ def _members(config, workdir) -> list[_Member]:
 
 
 def _choose_kernels(settings, members, widths, path):
-  """Replaces kernels 'auto' by the fastest here, chosen once for a folder: others would round otherwise.
+  """Replaces kernels 'auto' by the fastest here for a device's latents, once for a folder: others round otherwise.
 
   Args:
     settings: config.sae.
@@ -150,8 +150,9 @@ def _choose_kernels(settings, members, widths, path):
     widths: {site: d}.
     path: of the file that keeps the choice for runs that go on.
   """
+  n_shards = jax.sharding.get_mesh().shape['model']
   own = {
-    member.name: (member.settings.n_latents, widths[member.settings.site], member.settings.k)
+    member.name: (member.settings.n_latents // n_shards, widths[member.settings.site], member.settings.k)
     for member in members
     if member.plan.settings.get('kernels') == AUTO
   }
@@ -195,10 +196,10 @@ def run(config, workdir):
     if processes.on_first(lambda: _claim(config, workdir, members, made)):
       return
     with processes.together():
-      batches = _streams(config, workdir, list(dict.fromkeys(site for member in members for site in member.sites)))
+      batches = streams(config, workdir, list(dict.fromkeys(site for member in members for site in member.sites)))
     key = jax.random.key(config.seed)
     with processes.together():
-      sample = _sample(batches, config.sae)
+      sample = first_tokens(batches, config.sae)
     _choose_kernels(
       config.sae, members, {site: x.shape[1] for site, x in sample.items()}, workdir / 'sae' / 'kernels.json'
     )
@@ -245,7 +246,7 @@ def _claim(config, workdir, members, made) -> bool:
   return False
 
 
-def _sample(batches, settings) -> dict[str, jax.Array]:
+def first_tokens(batches, settings) -> dict[str, jax.Array]:
   """Returns {site: the first SAMPLE_TOKENS of the stream}, which fresh states depend on, in every process."""
   found = list(itertools.islice(batches(0), math.ceil(SAMPLE_TOKENS / settings.batch_size)))
   whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())

@@ -184,8 +184,8 @@ def test_dead_latents_go_and_new_ones_take_their_places(mesh, folder):
 
 
 def report_of(config, model, folder):
-  streams = train_sae._streams(config, folder / 'old', [SITE])
-  return grow._numbers(model, [train_sae._sample(streams, config.sae)[SITE]])
+  streams = train_sae.streams(config, folder / 'old', [SITE])
+  return grow._numbers(model, [train_sae.first_tokens(streams, config.sae)[SITE]])
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def test_a_stopped_sweep_resumes_to_bit_identical_weights(mesh, activations, mon
 
 
 def test_rows_of_several_sites_are_of_the_same_tokens(one_device, activations):
-  streams = train_sae._streams(config_of(activations), activations, [SITE, OTHER_SITE])
+  streams = train_sae.streams(config_of(activations), activations, [SITE, OTHER_SITE])
   for part in ((0, 1), (1, 2)):
     for batch in itertools.islice(streams(3, part), 50):
       np.testing.assert_allclose(batch[OTHER_SITE], 2 * batch[SITE][:, :D_OTHER] + 1, rtol=1e-5)
