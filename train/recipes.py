@@ -14,7 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_interp.sae import batch_topk, gated, jumprelu, kernels, losses, optimizer, prolu, relu_l1, resample, train_step
+from jax_interp.sae import (
+  batch_topk,
+  gated,
+  jumprelu,
+  kernels,
+  losses,
+  micro_batches,
+  optimizer,
+  prolu,
+  relu_l1,
+  resample,
+  train_step,
+)
 from models import activation_functions, sae
 
 MULTI_TOPK_RATIO, MULTI_TOPK_WEIGHT = 4, 1 / 8  # L(k) + L(4k) / 8 (Gao et al. 2024)
@@ -38,6 +50,7 @@ SHARED = {
   'ema': 0.0,
   'dead_tokens': 10_000_000,
   'skip': False,  # of a transcoder
+  'micro_batches': 1,  # parts of a batch whose gradients are summed, for memory
 }
 AUXK = {'auxk': 0, 'auxk_coef': 1 / 32}
 TOPK = {'k': REQUIRED, **AUXK, 'compute_dtype': 'float32', 'kernels': AUTO, 'parity': False}
@@ -103,6 +116,13 @@ def _init_tied(activation, **options):
   return lambda key, sample_bd, s, *norm: sae.init_tied(key, sample_bd, s['n_latents'], activation(s), *norm, **options)
 
 
+def _init_jumprelu(key, sample_bd, s, *norm):
+  # As ReLU first: the unit vectors by which an encoder is scaled may all be below the threshold.
+  fresh = sae.init_tied(key, sample_bd, s['n_latents'], activation_functions.ReLU(), *norm)
+  threshold_l = jnp.full_like(fresh.latent_bias[...], s['initial_threshold'])
+  return sae.with_activation(fresh, activation_functions.JumpReLU(threshold_l))
+
+
 RECIPES = {
   'topk': _Kind(TOPK, _topk, _init_topk),
   'multi_topk': _Kind(TOPK, _multi_topk, _init_topk),
@@ -138,7 +158,7 @@ RECIPES = {
       'initial_threshold': 1e-3,
     },
     _jumprelu,
-    _init_tied(lambda s: activation_functions.JumpReLU(_zeros(s) + s['initial_threshold'])),
+    _init_jumprelu,
   ),
 }
 OWN = {name for kind in RECIPES.values() for name in kind.fields}
@@ -203,7 +223,8 @@ class Plan:
   def finish(self, state: train_step.TrainState) -> sae.SparseAutoencoder:
     """Returns the SAE to keep: averaged where that was asked for, and with a threshold after BatchTopK."""
     kept = train_step.trained_sae(state, self.ema, self.recipe.unit_norm)
-    return batch_topk.with_threshold(kept, state.threshold) if isinstance(self.recipe, batch_topk.BatchTopK) else kept
+    by_batch = self.settings['recipe'] in ('batch_topk', 'matryoshka')
+    return batch_topk.with_threshold(kept, state.threshold) if by_batch else kept
 
 
 def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Plan:
@@ -247,7 +268,10 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
     decay_steps,
     n_steps if decay_steps else 0,
   )
-  return Plan(RECIPES[name].recipe(s), tx, s['ema'], s)
+  recipe = RECIPES[name].recipe(s)
+  if s['micro_batches'] > 1:
+    recipe = micro_batches.MicroBatched(recipe, s['micro_batches'])
+  return Plan(recipe, tx, s['ema'], s)
 
 
 def _check(s, target):

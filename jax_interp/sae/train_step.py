@@ -133,7 +133,7 @@ def train_steps(
   """
   on_data = lambda x_bd: x_bd if x_bd is None else jax.lax.with_sharding_constraint(x_bd, P('data', None))
 
-  lazy = getattr(objective, 'scales_rows', False) and not objective.parity
+  lazy = getattr(objective, 'scales_rows', False) and not objective.parity  # those that scale rows have a parity
 
   def step(carry, batch):
     state, row_scale_l = carry
