@@ -153,3 +153,31 @@ def test_the_clock_counts_tokens_since_a_latent_was_last_positive(mesh):
   assert (np.delete(clock, fired) == 2**30 + B).all()
   assert metrics['l0'] == K
   assert metrics['dead'] == L - len(fired)
+
+
+@pytest.mark.parametrize('hot', [False, True], ids=['spread', 'on one shard'])
+def test_many_shards_look_at_few_candidates_and_at_all_where_one_has_many(hot):
+  """With 8 shards and k = 64 a shard looks at 31 candidates; where the winners crowd on one it looks at all."""
+  k, n_latents, rng = 64, 1024, np.random.default_rng(3)
+  params = {
+    'encoder': rng.normal(size=(n_latents, D)),
+    'decoder': rng.normal(size=(n_latents, D)),
+    'pre_bias': rng.normal(size=D),
+    'latent_bias': 40.0 * hot * (np.arange(n_latents) // 128 == 3),
+  }
+  results = []
+  for shape in [(1, 1), (1, 8)]:
+    with jax.set_mesh(sharding.make_mesh(*shape)):
+      model = sae.build({name: x.astype(np.float32) for name, x in params.items()}, {'activation': 'topk', 'k': k})
+      recipe = losses.TopK(((k, 1.0),), auxk=0)
+      metrics, clock, grads = jax.jit(recipe.loss_and_grads)(model, X, X, np.zeros(n_latents, np.int32), MSE_SCALE, 0)
+      results.append((metrics, clock, {name: np.asarray(getattr(grads, name)[...]) for name in params}))
+      preacts_bl = np.asarray(model.preacts(X))
+  (metrics, clock, grads), (other_metrics, other_clock, other_grads) = results
+  won_bl = preacts_bl >= np.sort(preacts_bl, axis=1)[:, -k, None]
+  most = won_bl.reshape(B, 8, -1).sum(2).max()
+  assert most > 31 if hot else most <= 31
+  np.testing.assert_allclose(other_metrics['loss'], metrics['loss'], rtol=1e-6)
+  np.testing.assert_array_equal(other_clock, clock)
+  for name, grad in grads.items():
+    np.testing.assert_allclose(other_grads[name], grad, atol=2e-6 * np.abs(grad).max(), err_msg=name)
