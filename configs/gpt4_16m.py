@@ -27,9 +27,10 @@ def get_config():
     'auxk_coef': 1 / 32,
     'dead_tokens': 10_000_000,
     'compute_dtype': 'float32',  # or 'bfloat16'
-    'kernels': 'dense',  # with 32,768 latents on a device, by the estimate twice as fast as 'sparse'
+    'kernels': 'sparse',  # of a token's 128 winners a shard has some 10 at most: 'dense' would multiply by all 32,768
     'tokens': 40_000_000_000,
     'batch_size': 131_072,
+    'micro_batches': 16,  # with all tokens at once, pre-activations alone would be 17 GB on a device
     'learning_rate': 0.0,  # by the rule
     'warmup_steps': 1000,
     'clip': 1.0,

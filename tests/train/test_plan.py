@@ -217,7 +217,7 @@ def test_as_a_command_the_width_is_that_of_the_subject_model():
 
 def test_as_a_command_16_million_latents_are_planned_without_being_allocated():
   done = _command('--config=configs/gpt4_16m.py', '--mesh=1x512')
-  assert done.returncode == 0 or 'do not fit any of' in done.stderr, done.stderr
+  assert done.returncode == 0, done.stderr  # it fits
   assert 'n_latents 16,777,216' in done.stdout
   weights = F32 * (2 * 2**24 * 12_288 / 512 + 2**24 / 512 + 12_288)
   (line,) = [line for line in done.stdout.splitlines() if line.strip().startswith('weights')]
