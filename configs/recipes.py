@@ -25,9 +25,9 @@ OWN = {
     'coef': 10.0,
     'sparsity': 'target',  # or 'l0'; 'tanh' as Anthropic in January 2025
     'bandwidth': 0.2,
-    'coef_warmup_steps': 100,
+    'coef_warmup_steps': 50,
     'target_l0': 16.0,
-    'initial_threshold': 1.0,  # near where it ends: Adam moves it by no more than the learning rate a step
+    'initial_threshold': 0.3,  # Adam moves it by no more than the learning rate a step: begin near where it ends
   },
 }
 

@@ -18,7 +18,7 @@ PENALTIES = {  # the field that makes a recipe sparser, and its values
 
 def get_config():
   config = recipes.get_config('topk')
-  config.sae.tokens = 2_000_000
+  config.sae.tokens = 1_000_000
   sweep = [{'recipe': 'topk', 'n_latents': n, 'k': 16} for n in (512, 1024, 4096)]
   for recipe in ('topk', 'multi_topk', 'batch_topk', 'matryoshka'):
     sweep += [{'recipe': recipe, **recipes.OWN[recipe], 'k': k} for k in KS]
