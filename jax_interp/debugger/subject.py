@@ -12,6 +12,7 @@ import numpy as np
 from jax_interp.debugger import schema
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # prompts are padded to one of these: few compilations
+ACTIVATIONS = ('topk', 'relu', 'jumprelu')  # whose latents are pre-activations, or 0
 SAE_SITES = ('attn.v_out', 'resid.delta_attn', 'resid.post_attn', 'mlp.post_act', 'resid.delta_mlp', 'resid.post_mlp')
 
 
@@ -85,7 +86,8 @@ class Subject:
     name: what it is called.
 
   Raises:
-    ValueError: an SAE is at a site whose writes to the residual stream are not linear, or of another size.
+    ValueError: an SAE is at a site whose writes to the residual stream are not linear, or of another size; or it is a
+      transcoder, or its latents are not the pre-activations that are on.
   """
 
   model: object
@@ -107,6 +109,12 @@ class Subject:
       width, d = int(np.prod(widths.get(site.split('.')[-1], (config.d_model,)))), sae.decoder.shape[1]
       if d != width:
         raise ValueError(f'the SAE at {site} reads {d} numbers and the site has {width}; give the SAE of this model')
+      if sae.is_transcoder or sae.activation.name not in ACTIVATIONS:
+        what = 'a transcoder, which writes another site' if sae.is_transcoder else sae.activation.name
+        raise ValueError(
+          f'the SAE at {site} is {what}; the debugger reads SAEs of {", ".join(ACTIVATIONS)} (train.convert to '
+          'gemma_scope and back makes a gated or ProLU one a JumpReLU)'
+        )
 
   @functools.cached_property
   def write_sizes(self) -> WriteSizes:

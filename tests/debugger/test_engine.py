@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jax_interp.debugger import effects, engine, lens, schema, subject
-from models import sharding
+from models import activation_functions, sharding
+from models import sae as sae_lib
 from tests.debugger import reference, subjects
 
 SITES = ('h.0.mlp.post_act', 'h.1.resid.delta_mlp')
@@ -204,7 +205,13 @@ def test_means_and_resamples_need_a_sample(small):
 
 def test_saes_that_cannot_be_debugged_are_refused(small):
   sae = small.saes[SITES[1]]
+  gate_l = np.zeros(sae.n_latents, np.float32)
+  gated = sae_lib.with_activation(sae, activation_functions.Gated(gate_l, gate_l))
+  key, acts_bd = jax.random.key(0), np.ones((8, 32), np.float32)
+  transcoder = sae_lib.as_transcoder(key, sae_lib.init_sae(key, acts_bd, 64, 4), acts_bd)
   for saes, sentence in [
+    ({SITES[1]: gated}, 'is gated; the debugger reads SAEs of topk, relu, jumprelu'),
+    ({SITES[1]: transcoder}, 'is a transcoder, which writes another site'),
     ({'h.1.mlp.pre_act': sae}, "an SAE at 'h.1.mlp.pre_act' cannot be debugged"),
     ({'h.3.resid.post_mlp': sae}, 'h.0 to h.2'),
     ({'h.1.mlp.post_act': sae}, 'reads 32 numbers and the site has 128'),
