@@ -87,6 +87,19 @@ def test_an_sae_spliced_in_changes_no_logit_and_adds_its_sites(model):
   assert float(jnp.abs(grads[f'{site}.latents']).max()) > 0
 
 
+@pytest.mark.parametrize('changed', [False, True])
+def test_gradients_of_latents_are_those_of_what_they_write_whether_edits_change_them_or_not(model, changed):
+  site, mask = 'h.1.resid.post_mlp', np.arange(64) % 2 == 0
+  edits = [sites.splice(site, dictionary(model), hold_error=False)]
+  edits += [sites.ablate(f'{site}.latents', mask)] if changed else []
+  _, acts, grads = sites.acts_and_grads(model, TOKENS, _loss, (site, f'{site}.input', f'{site}.latents'), edits)
+  scale = dictionary(model).normalize(acts[f'{site}.input'])[1].scale
+  written_btl = np.asarray(grads[site] * scale, np.float64) @ np.asarray(dictionary(model).decoder[...].T, np.float64)
+  np.testing.assert_allclose(grads[f'{site}.latents'], written_btl, atol=1e-5 * np.abs(written_btl).max())
+  if not changed:  # upstream, gradients are those without the SAE
+    np.testing.assert_allclose(grads[f'{site}.input'], grads[site], atol=1e-5)
+
+
 def test_a_latent_is_ablated_and_patched_where_the_mask_says(model):
   # Far from the logits the effect of a latent is its write vector, undone by the SAE's input normalisation.
   site, spliced = 'h.1.resid.post_mlp', sites.splice('h.1.resid.post_mlp', dictionary(model))
