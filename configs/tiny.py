@@ -73,6 +73,17 @@ def get_config():
     'spike_factor': 5.0,  # stops at a loss so many times the median of the last 100 logged; 0: only if not finite
     'log_to': '',  # or 'tensorboard', 'wandb', beside metrics.jsonl
   }
+  config.end_to_end = {  # of train.end_to_end, which goes on from the SAE
+    'divergence': 'kl',  # or 'cross_entropy'
+    'mse_coef': 0.1,
+    'l1_coef': 0.0,
+    'batch_size': 32,  # windows
+    'steps': 500,
+    'learning_rate': 1e-4,
+    'warmup_steps': 20,
+    'clip': 1.0,
+    'checkpoint_every': 100,
+  }
   config.evaluate = {'n_tokens': 65_536, 'batch_size': 16}
   config.records = {
     'n_windows': 8192,

@@ -4,55 +4,29 @@ import json
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
-import tokenizers
-from flax import nnx
 
-from models import gpt2, pretrained, sharding
 from models import sae as sae_lib
+from models import sharding
 from models.activation_functions import TopK
+from tests.train import runs
 from train import command, evaluate
-from train import sae as train_sae
 
-D, L = 8, 16
+D, L = runs.D, 16
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A folder with a random model, its tokenizer, a text, and an SAE that gives back every activation."""
-  folder = tmp_path_factory.mktemp('run')
-  rng = np.random.default_rng(0)
-  documents = [' '.join(rng.choice(['the', 'cat', 'sat', 'on', 'a', 'mat'], 60)) for _ in range(60)]
-  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': document}) for document in documents))
-  (folder / 'model').mkdir()
-  bpe = tokenizers.ByteLevelBPETokenizer()
-  bpe.train_from_iterator(documents, 280, special_tokens=[pretrained.END_OF_TEXT], show_progress=False)
-  bpe._tokenizer.save(str(folder / 'model' / 'tokenizer.json'))
-  config = gpt2.GPT2Config(n_layer=1, n_head=2, d_model=D, n_ctx=16, n_vocab=bpe.get_vocab_size())
+  """A run whose SAE gives back every activation."""
   with jax.set_mesh(sharding.make_mesh()):
-    pretrained.save_model(folder / 'model', jax.jit(lambda: gpt2.GPT2(config, nnx.Rngs(0)))())
     identity = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
-    command.claim(folder / 'sae', train_sae.made_with(make_config(folder), folder))
-    sae_lib.save(
-      folder / 'sae' / 'final', sae_lib.SparseAutoencoder(identity, identity, jnp.zeros(D), jnp.zeros(L), TopK(L))
-    )
-    command.finish(folder / 'sae')
-  return folder
+    exact = sae_lib.SparseAutoencoder(identity, identity, jnp.zeros(D), jnp.zeros(L), TopK(L))
+  return runs.build(tmp_path_factory.mktemp('run'), exact)
 
 
 def make_config(workdir, **changed):
-  return ml_collections.ConfigDict(
-    {
-      'seed': 0,
-      'model': {'source': str(workdir / 'model')},
-      'text': {'source': str(workdir / 'text.jsonl'), 'window': 16},
-      'capture': {},
-      'sae': {'site': 'h.0.resid.post_mlp'},
-      'evaluate': {'n_tokens': 200, 'batch_size': 4, **changed},
-    }
-  )
+  return runs.make_config(workdir, evaluate={'n_tokens': 200, 'batch_size': 4, **changed})
 
 
 @pytest.mark.usefixtures('mesh')
@@ -79,6 +53,7 @@ def test_metrics_are_written_once(workdir, tmp_path, capsys):
   ('change', 'error', 'message'),
   [
     ({'evaluate.n_tokens': 60}, ValueError, 'shrink the batch'),
+    ({'sae.target_site': 'h.0.resid.delta_mlp'}, ValueError, 'a transcoder gives back h.0.resid.delta_mlp and not'),
     ({'sae.site': 'h.0.mlp.post_act'}, ValueError, "another config: sae.site is 'h.0.resid.post_mlp' there"),
   ],
 )
