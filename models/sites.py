@@ -114,7 +114,12 @@ def splice(site: str, sae, mask=True, hold_error: bool = True) -> Edit:
     mask: where latents write.
     hold_error: whether the error is a constant to gradients, which then pass through latents alone; else gradients
       upstream of the site are those without the SAE.
+
+  Raises:
+    ValueError: it is a transcoder.
   """
+  if getattr(sae, 'is_transcoder', False):
+    raise ValueError(f'a transcoder writes another site than {site}, which it reads; splice in an SAE of the site')
   return Edit(site, _splice if hold_error else _splice_live, (sae, mask))
 
 

@@ -51,9 +51,15 @@ def run(config, workdir):
 
   Raises:
     FileNotFoundError: there is no SAE.
-    ValueError: it or the evaluation was made with another config, or the held-out text is too short.
+    ValueError: it or the evaluation was made with another config, it is a transcoder, or the held-out text is too
+      short.
   """
   settings, folder, site = config.evaluate, workdir / 'evaluation', config.sae.site
+  if target := config.sae.get('target_site'):
+    raise ValueError(
+      f'a transcoder gives back {target} and not {site} that it reads, so it is not evaluated; its errors are in '
+      f'{workdir}/sae/metrics.jsonl'
+    )
   if command.claim(folder, {'evaluate': settings, **train_sae.made_with(config, workdir)}):
     return
   subject = command.subject(config, workdir)

@@ -38,7 +38,7 @@ def _windows(config, workdir, tokenizer) -> np.ndarray:
 
 
 def _write_vectors(model, site, sae) -> jax.Array:
-  """Returns what each component adds to the residual stream, [c, d]."""
+  """Returns what each component adds to the residual stream, [c, d]; `site` is where neurons are, or latents write."""
   layer = re.fullmatch(r'h\.(\d+)\.mlp\.post_act', site)
   c_proj_nd = model.h[int(layer[1])].mlp.c_proj.kernel[...] if layer else None
   if sae is None:
@@ -46,7 +46,7 @@ def _write_vectors(model, site, sae) -> jax.Array:
   return sae.decoder[...] @ c_proj_nd if layer else sae.decoder[...]
 
 
-def _record_kind(folder, kind, subject, windows_et, site, sae, settings, seed):
+def _record_kind(folder, kind, subject, windows_et, site, written, sae, settings, seed):
   def batches(step):
     found = records.batches(subject.model, windows_et, site, sae, batch_size=settings.batch_size)
     n_batches, scale = len(windows_et) // settings.batch_size, settings.batch_size
@@ -60,7 +60,7 @@ def _record_kind(folder, kind, subject, windows_et, site, sae, settings, seed):
   selection = records.select(survey.maxima_wc, settings.n_top, settings.n_random, settings.n_quantile, seed)
   max_c = survey.maxima_wc.max(0)
   acts, histogram = records.excerpts(batches(2), selection, windows_et.shape[1], max_c, keep_et)
-  promoted, suppressed = records.promoted_tokens(subject.model, _write_vectors(subject.model, site, sae))
+  promoted, suppressed = records.promoted_tokens(subject.model, _write_vectors(subject.model, written, sae))
   layer = re.match(r'h\.(\d+)\.', site)
   lines = records.neuron_records(
     int(layer[1]) if layer else site,
@@ -96,16 +96,17 @@ def run(config, workdir):
     return
   subject = command.subject(config, workdir)
   windows_et = _windows(config, workdir, subject.tokenizer)
-  kinds = {
-    'latents': (config.sae.site, train_sae.load(config, workdir)),
-    'neurons': (f'h.{settings.neurons_layer}.mlp.post_act', None),
+  neurons = f'h.{settings.neurons_layer}.mlp.post_act'
+  kinds = {  # where they are, where they write, and the SAE
+    'latents': (config.sae.site, config.sae.get('target_site') or config.sae.site, train_sae.load(config, workdir)),
+    'neurons': (neurons, neurons, None),
   }
-  sites.site_shapes(subject.model, windows_et[: settings.batch_size], tuple(site for site, _ in kinds.values()))
+  sites.site_shapes(subject.model, windows_et[: settings.batch_size], tuple(site for site, *_ in kinds.values()))
   # Only now that nothing speaks against the settings; the same in every run, so a torn one is mended by the next.
   np.save(folder / 'windows.npy', windows_et)
-  for kind, (site, sae) in kinds.items():
+  for kind, (site, written, sae) in kinds.items():
     if not (folder / f'{kind}.npz').exists():
-      _record_kind(folder, kind, subject, windows_et, site, sae, settings, config.seed)
+      _record_kind(folder, kind, subject, windows_et, site, written, sae, settings, config.seed)
   command.finish(folder)
 
 

@@ -96,8 +96,12 @@ def _facts(config, source, sae_rows, windows_et):
     'Subject model': EMBEDDED_MODEL if source == 'embedded' else source,
     'Text': EMBEDDED_TEXT if config.text.source == 'embedded' else config.text.source,
     'SAE reads': config.sae.site,
-    'Latents': f'{config.sae.n_latents:,}, of which {config.sae.k} are active on a token',
+    'Latents': f'{config.sae.n_latents:,}',
   }
+  if 'k' in config.sae:
+    facts['Latents'] += f', of which {config.sae.k} are active on a token'
+  if config.sae.get('target_site'):
+    facts['SAE reconstructs'] = config.sae.target_site
   if sae_rows:
     facts['SAE trained on'] = f'{sae_rows[-1]["tokens"]:,} tokens'
   if windows_et is not None:

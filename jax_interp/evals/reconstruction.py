@@ -19,7 +19,13 @@ _TINY = np.finfo(np.float64).tiny  # keeps 0 / 0 of an all-zero row at 0
 
 @jax.jit
 def reconstruct(sae: SparseAutoencoder, x_btd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Returns recons_btd in the scale of x, x as the SAE sees it, its scale_bt1, and which latents are on [b, t, l]."""
+  """Returns recons_btd in the scale of x, x as the SAE sees it, its scale_bt1, and which latents are on [b, t, l].
+
+  Raises:
+    ValueError: it is a transcoder.
+  """
+  if sae.is_transcoder:
+    raise ValueError('a transcoder gives back another site than it reads, so x has no reconstruction; choose an SAE')
   latents_btl, norm = sae.encode(x_btd)
   scale_bt1 = jnp.broadcast_to(norm.scale, (*x_btd.shape[:2], 1))
   return sae.decode(latents_btl, norm), sae.normalize(x_btd)[0], scale_bt1, latents_btl > 0

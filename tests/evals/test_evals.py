@@ -118,6 +118,14 @@ def test_the_mean_and_a_perfect_reconstruction_score_0_and_1():
     assert found['l0'] == l0
 
 
+def test_a_transcoder_has_no_reconstruction_of_what_it_reads():
+  with jax.set_mesh(sharding.make_mesh()):
+    x_sbtd, keep_sbt = acts()
+    transcoder = sae.as_transcoder(jax.random.key(0), random_sae('none'), x_sbtd[0, 0])
+    with pytest.raises(ValueError, match='a transcoder gives back another site than it reads'):
+      last(reconstruction.measure(transcoder, zip(x_sbtd, keep_sbt, strict=True)))
+
+
 def log_softmax(x):
   x = x - x.max(-1, keepdims=True)
   return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -87,6 +87,14 @@ def test_an_sae_spliced_in_changes_no_logit_and_adds_its_sites(model):
   assert float(jnp.abs(grads[f'{site}.latents']).max()) > 0
 
 
+def test_a_transcoder_is_not_spliced_in_where_it_reads(model):
+  sample_bd = np.random.default_rng(0).normal(size=(64, model.config.d_model)).astype(np.float32)
+  plain = sae.init_sae(jax.random.key(1), sample_bd, 64, 4)
+  transcoder = sae.as_transcoder(jax.random.key(3), plain, sample_bd)
+  with pytest.raises(ValueError, match=r'a transcoder writes another site than h.1.resid.post_attn'):
+    sites.splice('h.1.resid.post_attn', transcoder)
+
+
 @pytest.mark.parametrize('changed', [False, True])
 def test_gradients_of_latents_are_those_of_what_they_write_whether_edits_change_them_or_not(model, changed):
   site, mask = 'h.1.resid.post_mlp', np.arange(64) % 2 == 0

@@ -74,6 +74,20 @@ def test_records_hold_what_the_model_computes(workdir, config):
         np.testing.assert_allclose(excerpt['activations'], silent_t, rtol=1e-3, atol=1e-5)
 
 
+def test_tokens_of_a_transcoders_latents_are_those_of_the_site_that_it_writes(mesh, config, tmp_path):
+  rng = np.random.default_rng(1)
+  read_bd, written_bd = (rng.normal(size=(64, d)).astype(np.float32) for d in (N_NEURONS, 192))
+  found = sae.as_transcoder(jax.random.key(1), sae.init_sae(jax.random.key(0), read_bd, N_LATENTS, k=8), written_bd)
+  config.sae.update({'site': 'h.1.mlp.post_act', 'target_site': SITE})
+  command.claim(tmp_path / 'sae', train_sae.made_with(config, tmp_path))
+  sae.save(tmp_path / 'sae' / 'final', found)
+  command.finish(tmp_path / 'sae')
+  train_records.run(config, tmp_path)
+  _, arrays = records.read(tmp_path / 'records', 'latents')
+  promoted, _ = records.promoted_tokens(pretrained.load_model('embedded'), found.decoder[...])
+  np.testing.assert_array_equal(arrays['promoted_tokens'], promoted)
+
+
 def test_what_is_done_is_not_done_again_and_another_config_is_refused(workdir, config, capsys):
   train_records.run(config, workdir)
   written = (workdir / 'records' / 'latents.jsonl').stat().st_mtime_ns

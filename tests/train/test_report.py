@@ -107,6 +107,15 @@ def test_the_page_describes_what_is_there_whatever_the_config_says(config, tmp_p
   assert '1,234, of which 32 are active' in (tmp_path / 'report.html').read_text('utf-8')
 
 
+def test_a_recipe_without_k_does_not_say_how_many_latents_are_active(config, tmp_path):
+  del config.sae['k']
+  config.sae.target_site = 'h.2.resid.delta_mlp'
+  report.run(config, tmp_path)
+  source = (tmp_path / 'report.html').read_text('utf-8')
+  assert 'are active on a token' not in source
+  assert 'h.2.resid.delta_mlp' in source
+
+
 def test_it_is_made_again_only_when_something_changed(config, tmp_path, capsys):
   report.run(config, tmp_path)
   path = tmp_path / 'report.html'
