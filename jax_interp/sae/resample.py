@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from models import sharding
-from models.sae import SparseAutoencoder, unit_rows
+from models.sae import SparseAutoencoder, named_parameters, unit_rows
 
 ENCODER_NORM = 0.2  # of a fresh encoder row, relative to the living ones' mean
 
@@ -32,7 +32,8 @@ def resample(
 
   Each draws an input x, normalised and minus pre_bias, with a probability in proportion to its loss |x - recons|^2 to
   the power of `exponent`. Its decoder row becomes x / |x|, its encoder row the same times 0.2 of the mean norm of the
-  living ones' encoder rows, its latent bias 0, and its Adam moments 0. Where no latent is alive 0.2 is the norm.
+  living ones' encoder rows, its latent bias and a gated SAE's r_mag and mag_bias 0, and its Adam moments 0. Where no
+  latent is alive 0.2 is the norm.
 
   Args:
     sae: donated; no transcoder, whose decoder rows live in another space than its inputs.
@@ -48,15 +49,18 @@ def resample(
   latents_bl = sae.activation(x_bd @ sae.encoder[...].T, sae.latent_bias[...])
   loss_b = jnp.sum((latents_bl @ sae.decoder[...] - x_bd) ** 2, axis=1)
   log_odds_b = exponent * jnp.log(jnp.maximum(loss_b, jnp.finfo(jnp.float32).tiny))
-  drawn_l = jax.random.categorical(key, log_odds_b, shape=dead_l.shape)
+  # Not random.categorical, which makes noise of [latent, batch].
+  drawn_l = jax.random.choice(key, len(x_bd), dead_l.shape, p=jax.nn.softmax(log_odds_b))
   rows_ld = sharding.constrain(unit_rows(x_bd + jnp.finfo(jnp.float32).tiny)[drawn_l], 'latent d_model')
   norms_l = jnp.linalg.norm(sae.encoder[...], axis=1)
   n_alive = jnp.sum(~dead_l)
   alive_norm = jnp.where(n_alive > 0, jnp.sum(jnp.where(dead_l, 0, norms_l)) / jnp.maximum(n_alive, 1), 1)
 
   fresh = {'encoder': ENCODER_NORM * alive_norm * rows_ld, 'decoder': rows_ld, 'latent_bias': jnp.zeros(())}
+  fresh |= dict.fromkeys(sae.activation.parameters, jnp.zeros(()))
+  params = named_parameters(sae)
   for name, value in fresh.items():
-    param = getattr(sae, name)
+    param = params[name]
     param[...] = jnp.where(_as_rows(dead_l, param[...]), value, param[...])
   return sae, _without_moments(opt, dead_l), jnp.where(dead_l, 0, tokens_since_fired_l)
 

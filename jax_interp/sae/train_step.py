@@ -223,7 +223,7 @@ def _scaled(sae, row_scale_l):
 
 def trained_sae(state: TrainState, ema: float = 0, unit_norm: bool = True) -> SparseAutoencoder:
   """Returns the SAE to keep: the weights, or their average, corrected for its start and, if asked, at unit norm."""
-  if not ema:
+  if not ema or not state.step:  # before the first step there is nothing to average
     return state.sae
   sae = jax.tree.map(lambda x: x / (1 - ema**state.step), state.ema)
   if unit_norm:

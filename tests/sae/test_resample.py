@@ -7,7 +7,7 @@ import pytest
 
 from jax_interp.sae import optimizer, resample
 from models import sae, sharding
-from models.activation_functions import ReLU
+from models.activation_functions import Gated, ReLU
 
 B, D, L, DEAD_TOKENS = 32, 12, 64, 100
 ACTS = np.random.default_rng(0).normal(1, 2, size=(B, D)).astype(np.float32)
@@ -51,6 +51,15 @@ def test_only_dead_latents_change_and_by_the_rule(mesh):
       assert found[name][~DEAD].all()
     assert found['pre_bias'].all()
   np.testing.assert_array_equal(clock, np.where(DEAD, 0, DEAD_TOKENS))
+
+
+def test_the_magnitudes_of_dead_gated_latents_begin_anew(mesh):
+  old = np.linspace(-3, -1, L).astype(np.float32)
+  model = sae.with_activation(start()[0], Gated(*(sharding.place(old, 'latent') for _ in range(2))))
+  opt = optimizer.adam(1e-3).init(model)
+  after = resample.resample(model, opt, CLOCK, ACTS, jax.random.key(1), DEAD_TOKENS)[0]
+  for name in ('r_mag', 'mag_bias'):
+    np.testing.assert_array_equal(arrays(after)[name], np.where(DEAD, 0, old))
 
 
 def test_the_draws_do_not_depend_on_the_mesh():

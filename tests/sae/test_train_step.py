@@ -105,6 +105,11 @@ def test_training_lowers_the_loss_and_the_average_follows():
   assert 1e-4 < np.abs(kept - weights(state.sae)['encoder']).max() < 0.05
 
 
+def test_before_the_first_step_the_average_is_the_weights(mesh):
+  state = start(optimizer.adam(1e-3))
+  np.testing.assert_array_equal(weights(train_step.trained_sae(state, EMA))['encoder'], weights(state.sae)['encoder'])
+
+
 def test_the_average_is_corrected_for_its_start_and_has_unit_rows(mesh):
   state = start(optimizer.adam(1e-3))
   expected = weights(state.sae)
