@@ -37,6 +37,7 @@ class EndToEnd:
     mse_coef: keeps reconstructions near the activations; 0 leaves them free.
     l1_coef: for activations that are not sparse by themselves.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    unit_norm: whether the decoder's rows are kept at norm 1, where they are.
 
   Raises:
     ValueError: the divergence is unknown.
@@ -47,7 +48,7 @@ class EndToEnd:
   mse_coef: float = 0.0
   l1_coef: float = 0.0
   dead_tokens: int = 10_000_000
-  unit_norm = True
+  unit_norm: bool = True
 
   def __post_init__(self):
     if self.divergence not in DIVERGENCES:

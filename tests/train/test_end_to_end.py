@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from models import activation_functions, sharding
 from models import sae as sae_lib
-from models import sharding
 from tests.train import runs
 from train import command, end_to_end, evaluate
 
@@ -107,3 +107,13 @@ def test_a_config_without_the_block_says_where_it_is(run, workdirs):
   del config.end_to_end
   with pytest.raises(ValueError, match=r'config.end_to_end is missing: .* copy it from configs/tiny.py'):
     end_to_end.run(config, workdirs[0])
+
+
+@pytest.mark.usefixtures('mesh')
+def test_decoder_rows_that_are_not_of_norm_1_stay_free(tmp_path):
+  with jax.set_mesh(sharding.make_mesh()):
+    sample_bd = np.random.default_rng(0).normal(size=(64, runs.D))
+    free = sae_lib.init_tied(jax.random.key(0), sample_bd, L, activation_functions.ReLU(), row_norm=0.1)
+  end_to_end.run(make_config(runs.build(tmp_path, free), steps=2, learning_rate=1e-4), tmp_path)
+  found = sae_lib.load_sae(tmp_path / 'end_to_end' / 'final')
+  np.testing.assert_allclose(np.linalg.norm(found.decoder[...], axis=1), 0.1, rtol=0.05)
