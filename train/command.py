@@ -106,7 +106,8 @@ def _main(run, argv, several_processes) -> int:
   try:
     _join(several_processes)
     jax.set_mesh(sharding.make_mesh(**config.mesh))
-    run(sweep.chosen(config), pathlib.Path(_WORKDIR.value))
+    workdir = pathlib.Path(_WORKDIR.value)
+    run(sweep.chosen(config, workdir), workdir)
   except Stopped as e:
     print(f'stopped: {e}', file=sys.stderr)
   except (ValueError, KeyError, OSError, ImportError) as e:

@@ -239,7 +239,7 @@ def _claim(config, workdir, members, made) -> bool:
     named = config.copy_and_resolve_references()
     with named.unlocked():
       named.sae_name = member.name
-    command.claim(place / 'sae', made_with(sweep.chosen(named), workdir))
+    command.claim(place / 'sae', made_with(sweep.chosen(named, place), workdir))
     for shared in ('lm', 'activations', 'text'):  # what later stages look for in a workdir
       if (workdir / shared).exists() and not (place / shared).exists():
         os.symlink(os.path.relpath(workdir / shared, place), place / shared)

@@ -36,7 +36,7 @@ def members(config: ml_collections.ConfigDict) -> dict[str, ml_collections.Confi
   for override in overrides:
     override = dict(override)
     name = override.pop('name', None) or ','.join(f'{key}={value}' for key, value in override.items()) or 'base'
-    name = name.replace('/', '-')
+    name = str(name).replace('/', '-')
     if name in found:
       raise ValueError(f'sae.sweep has {name!r} twice; give each SAE a name of its own, or leave one out')
     found[name] = _overridden(base, override)
@@ -70,11 +70,11 @@ def folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
   return workdir / 'sweep' / name if name else workdir
 
 
-def chosen(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def chosen(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """Returns the config of the SAE that config.sae_name names, as if it were trained alone; without a name, the config.
 
   Raises:
-    ValueError: the sweep has none of that name.
+    ValueError: the sweep has none of that name, or the workdir is that of the whole sweep.
   """
   name = config.get('sae_name', '')
   if not name:
@@ -82,6 +82,8 @@ def chosen(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   found = members(config)
   if name not in found:
     raise ValueError(f'sae_name {name!r} is not in sae.sweep; choose one of {", ".join(found) or "no sweep"}')
+  if (place := folder(workdir, name)).exists():
+    raise ValueError(f'{workdir} is of the whole sweep; for sae_name {name!r} give --workdir={place}')
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.sae, config.sae_name = found[name], ''

@@ -288,7 +288,7 @@ NAMES = ['wide', 'recipe=multi_topk,learning_rate=0.003', f'site={OTHER_SITE}', 
 def alone(config, name):
   with config.unlocked():
     config.sae_name = name
-  return sweep.chosen(config)
+  return sweep.chosen(config, pathlib.Path('elsewhere'))
 
 
 def test_saes_on_one_stream_are_those_trained_alone(mesh, activations):
@@ -307,6 +307,8 @@ def test_saes_on_one_stream_are_those_trained_alone(mesh, activations):
   assert capture.open_store(alone(config, 'wide'), activations / 'sweep' / 'wide').width(SITE) == D
   transcoder = train_sae.load(alone(config, 'transcoder'), activations / 'sweep' / 'transcoder')
   assert (transcoder.encoder.shape[1], transcoder.decoder.shape[1]) == (D_OTHER, D)
+  with pytest.raises(ValueError, match=r"is of the whole sweep; for sae_name 'transcoder' give --workdir=.*transcoder"):
+    sweep.chosen(config, activations)
   with pytest.raises(ValueError, match=r'sae.sweep trains wide, .*; choose one with --config.sae_name=wide --workdir='):
     train_sae.load(config, activations)
 
