@@ -402,6 +402,7 @@ def _sweep(job, rounds, meshes):
       'Multi-TopK': {'multi': True},
       'one step a call': {'steps_per_call': 1},
       'dense kernels': {'kernels': 'dense'},
+      'sorted kernels': {'kernels': 'sorted'},
       'bfloat16 candidates': {'dtype': 'bfloat16'},
     },
     'pretend devices, data x model': {f'{a}x{b}': {'mesh': (a, b)} for a, b in meshes},

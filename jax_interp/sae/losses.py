@@ -31,7 +31,7 @@ class TopK:
     levels: pairs of k and weight, the SAE's own k first: ((k, 1),) is TopK, ((k, 1), (4 * k, 1 / 8)) is Multi-TopK.
     auxk: dead latents that reconstruct the error together; a power of two near d / 2. 0 turns AuxK off.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
-    kernels: 'sparse' or 'dense'; `kernels.fastest` measures which is faster.
+    kernels: 'sparse', 'sorted' or 'dense'; `kernels.fastest` measures which is faster.
     dtype: of the products that choose candidates, 'float32' or 'bfloat16'; see `kernels.select_topk`.
     parity: do as OpenAI's released trainer where ours differs, to compare with it. A latent fires above 1e-3, and its
       clock then says one batch, not 0; with nothing dead, AuxK still draws the bias towards the mean error; the decoder
