@@ -156,7 +156,8 @@ def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathli
 
   Raises:
     FileNotFoundError: there is nothing to start from, or there are no activations.
-    ValueError: the workdir is the same one, config.sae is of a sweep, or another kind of SAE; and as `grown`.
+    ValueError: the workdir is the same one or has another training, config.sae is of a sweep, or another kind of SAE;
+      and as `grown`.
   """
   if config.sae.get('sweep'):
     raise ValueError('sae.sweep is of several SAEs, and one grows; leave it out')
@@ -171,6 +172,8 @@ def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathli
       return
     checkpoints = held.enter_context(store.Checkpoints(folder / 'checkpoints', scored=True))
     if checkpoints.steps():
+      if not (folder / REPORT).exists():
+        raise ValueError(f'{folder} is of a training that did not begin with a grown SAE; give another --workdir')
       print(f'{folder} is grown already; run train.sae to train on')
       return
     sites = list(filter(None, (settings.site, settings.get('target_site'))))

@@ -145,6 +145,14 @@ def test_a_stopped_training_keeps_its_state(mesh, folder, stop_at_6):
   train_sae.run(config, folder / 'new')
 
 
+def test_a_training_that_began_by_itself_does_not_pass_for_a_grown_one(folder, stop_at_6):
+  with jax.set_mesh(sharding.make_mesh()):
+    with pytest.raises(command.Stopped):
+      train_sae.run(config_of(folder), folder / 'new')
+    with pytest.raises(ValueError, match='is of a training that did not begin with a grown SAE; give another'):
+      grow.grow(config_of(folder), folder / 'new', folder / 'old')
+
+
 def fresh(config):
   plan, sample = grow._plan(config.sae), np.random.default_rng(0).normal(size=(64, D)).astype(np.float32)
   return grow.train_step.init_state(plan.init(jax.random.key(0), sample), sample, plan.tx, plan.ema)
