@@ -146,6 +146,7 @@ def test_a_stopped_training_keeps_its_state(mesh, folder, stop_at_6):
 
 
 def test_a_training_that_began_by_itself_does_not_pass_for_a_grown_one(folder, stop_at_6):
+  grow._share(folder / 'old', folder / 'new')
   with jax.set_mesh(sharding.make_mesh()):
     with pytest.raises(command.Stopped):
       train_sae.run(config_of(folder), folder / 'new')
