@@ -510,7 +510,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   n_head, n_tokens, _ = probs_hts.shape
   v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
   norm = lambda x_thc: jnp.linalg.norm(jnp.einsum('thc,hce->hte', x_thc.astype(jnp.float32), sizes[0]), axis=-1)
-  reads_thc = kernels['attn'].read(run.grad_td)
+  reads_thc = _read(kernels['attn'], run.grad_td, reach['attn'])
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
   causal_ts = kept_t[:, None] & (jnp.arange(n_tokens)[:, None] >= jnp.arange(n_tokens))
   total_hts = jnp.where(causal_ts, probs_hts * grads['qk_probs'], 0)
@@ -524,7 +524,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   total_tn = post_act_tn * grads['post_act'] * kept_t[:, None]
   neurons_direct = jnp.zeros(())
   if with_neurons:
-    direct_tn = post_act_tn * kernels['mlp'].read(run.grad_td) * (reach['mlp'] & kept_t)[:, None]
+    direct_tn = post_act_tn * _read(kernels['mlp'], run.grad_td, reach['mlp']) * (reach['mlp'] & kept_t)[:, None]
     neurons = _extremes((post_act_tn * sizes[1], total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
     neurons_direct = direct_tn.sum()
   parts, held = [], []
@@ -544,6 +544,12 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
     neurons_direct,
     jnp.stack([by_head_ht.sum(0), total_hts.sum((0, 1)), total_tn.sum(1)]),
   )
+
+
+def _read(linear, grad_td, reach_t) -> Array:
+  """Returns `linear.read`; zeros, for less than reading the matrix, where no token reaches the stream."""
+  shape = jax.eval_shape(linear.read, grad_td)
+  return jax.lax.cond(reach_t.any(), linear.read, lambda _: jnp.zeros(shape.shape, shape.dtype), grad_td)
 
 
 def _summed(x_td, grad_td, run, kept_t, live_t, reach_t) -> Array:
