@@ -1,8 +1,8 @@
 """Evaluates every SAE of a sweep on held-out text and sets them side by side: one table, one plot.
 
-Leaves workdir/comparison/metrics.json, table.md and frontier.png: normalized MSE against L0 of every recipe. A TopK SAE
-is also decoded with other numbers of latents than it was trained for (progressive recovery, section 5.1 of Gao et al.
-2024).
+Leaves workdir/comparison/metrics.json, table.md and frontier.png: normalized MSE against L0 of every recipe, of the
+activations as the model has them, since SAEs may normalise their inputs differently. A TopK SAE is also decoded with
+other numbers of latents than it was trained for (progressive recovery, section 5.1 of Gao et al. 2024).
 """
 
 import itertools
@@ -19,14 +19,18 @@ from train import command, sweep, windows
 from train import sae as train_sae
 
 OTHER_KS = (1 / 4, 1 / 2, 1, 2, 4)  # of the k that a TopK SAE was trained for
-COLUMNS = ('normalized_mse', 'l0', 'explained_variance', 'dead_latent_fraction', 'l2_ratio')
+COLUMNS = ('normalized_mse', 'l0', 'dead_latent_fraction', 'l2_ratio')
 MARKERS = 'osD^vP*Xph<>'
 
 
 def measure(sae: sae_lib.SparseAutoencoder, x_nbtd: np.ndarray, keep_nbt: np.ndarray) -> dict[str, float]:
-  """Returns the metrics of `evals.reconstruction` that are numbers, over batches of activations [n, b, t, d]."""
+  """Returns the metrics of `evals.reconstruction` that are numbers, over batches of activations [n, b, t, d].
+
+  The normalized MSE is 1 - explained_variance, whatever the SAE's normalisation.
+  """
   *_, sums = reconstruction.measure(sae, zip(x_nbtd, keep_nbt, strict=True))
-  return {name: value for name, value in reconstruction.metrics(sums) if isinstance(value, float)}
+  numbers = {name: value for name, value in reconstruction.metrics(sums) if isinstance(value, float)}
+  return numbers | {'normalized_mse': 1 - numbers['explained_variance']}
 
 
 def at_other_ks(sae: sae_lib.SparseAutoencoder, x_nbtd: np.ndarray, keep_nbt: np.ndarray) -> dict[int, float]:
@@ -78,6 +82,11 @@ def run(config, workdir):
     raise ValueError('config.sae.sweep is empty, so there is nothing to compare; configs/recipes_sweep.py has one')
   if others := [name for name, settings in members.items() if settings.get('target_site')]:
     raise ValueError(f'{others[0]} is a transcoder, which has no reconstruction of its own site to compare')
+  if config.evaluate.n_tokens < config.evaluate.batch_size * config.text.window:
+    raise ValueError(
+      f'evaluate.n_tokens {config.evaluate.n_tokens} is less than a batch, evaluate.batch_size '
+      f'{config.evaluate.batch_size} x text.window {config.text.window}; give more'
+    )
   if command.claim(folder, {'evaluate': config.evaluate, **train_sae.made_with(config, workdir)}):
     return
   command.require(workdir / 'sae', train_sae.made_with(config, workdir), 'train.sae')

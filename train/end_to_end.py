@@ -14,7 +14,7 @@ from jax_interp import activations, store, text
 from jax_interp.sae import end_to_end, optimizer, train_step
 from models import sae as sae_lib
 from models import sharding
-from train import command, windows
+from train import command, processes, windows
 from train import sae as train_sae
 
 UNIT = 1e-3  # how far from 1 the norm of a decoder row may be that is kept there
@@ -57,7 +57,7 @@ def run(config, workdir):
   sample_bd = np.asarray(acts[site], np.float32)[keep_et[chosen]]
   tx = optimizer.adam(settings.learning_rate, settings.warmup_steps, clip=settings.clip)
   state = train_step.init_state(started_from, sample_bd, tx)
-  with store.Checkpoints(folder / 'checkpoints') as checkpoints:
+  with processes.locked(folder), store.Checkpoints(folder / 'checkpoints') as checkpoints:
     if checkpoints.steps():
       state = checkpoints.restore(state)
     state = _train(config, subject.model, windows_et, keep_et, state, tx, objective, checkpoints, folder)
@@ -76,7 +76,8 @@ def _train(config, model, windows_et, keep_et, state, tx, objective, checkpoints
       keep_bt = sharding.place(keep_et[chosen], 'batch token')
       state, metrics = end_to_end.train(state, model, tokens_bt, keep_bt, tx, objective)
       numbers = {name: value.item() for name, value in metrics.items()}
-      if not np.isfinite(numbers['loss']):
+      # A loss tells of the weights before the step, the gradients' norm of those after it.
+      if not np.isfinite([numbers['loss'], numbers['grad_norm']]).all():
         last = checkpoints.steps()
         kept = f'the last checkpoint is {folder / "checkpoints" / str(last[-1])}' if last else 'there is no checkpoint'
         raise ValueError(f'the loss is not finite at step {step + 1}; {kept}. Lower end_to_end.learning_rate')

@@ -27,7 +27,7 @@ from jax_interp.sae import (
   resample,
   train_step,
 )
-from models import activation_functions, sae
+from models import activation_functions, sae, topk
 
 MULTI_TOPK_RATIO, MULTI_TOPK_WEIGHT = 4, 1 / 8  # L(k) + L(4k) / 8 (Gao et al. 2024)
 EXPECTED_AVERAGE = 'expected_average'
@@ -35,6 +35,7 @@ NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', EXPECTED_AVERAGE)
 REQUIRED = object()
 AUTO = 'auto'  # kernels that train.sae replaces by the fastest of the machine, and that are 'sparse' until then
 COMPUTE_DTYPES = ('float32', 'bfloat16')
+CALIBRATION_TOKENS = 4096
 # Fields that any recipe may have, with what they are when left out. The rest of config.sae is train.sae's own.
 SHARED = {
   'n_latents': REQUIRED,
@@ -220,11 +221,22 @@ class Plan:
     )
     return state._replace(sae=changed[0], opt=changed[1], tokens_since_fired_l=changed[2])
 
-  def finish(self, state: train_step.TrainState) -> sae.SparseAutoencoder:
-    """Returns the SAE to keep: averaged where that was asked for, and with a threshold after BatchTopK."""
+  def finish(self, state: train_step.TrainState, acts_bd: jax.Array | None = None) -> sae.SparseAutoencoder:
+    """Returns the SAE to keep: averaged where that was asked for, and with a threshold after BatchTopK.
+
+    The threshold keeps k latents a token of the first CALIBRATION_TOKENS of acts_bd, raw activations; without any it is
+    the one that training has averaged, which lags behind the weights.
+    """
     kept = train_step.trained_sae(state, self.ema, self.recipe.unit_norm)
     by_batch = self.settings['recipe'] in ('batch_topk', 'matryoshka')
-    return batch_topk.with_threshold(kept, state.threshold) if by_batch else kept
+    if not by_batch:
+      return kept
+    threshold = state.threshold
+    if acts_bd is not None:
+      preacts_bl = kept.preacts(kept.normalize(jnp.asarray(acts_bd[:CALIBRATION_TOKENS]))[0])
+      # Below 0 there are fewer than k positive pre-activations a token, and all of them are kept.
+      threshold = jnp.maximum(topk.threshold_for(preacts_bl, self.settings['k'] * len(preacts_bl)), 0)
+    return batch_topk.with_threshold(kept, threshold)
 
 
 def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Plan:
@@ -254,7 +266,7 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
   s = {'recipe': name} | {field: settings.get(field, default) for field, default in known.items()}
   if missing := [field for field, value in s.items() if value is REQUIRED]:
     raise ValueError(f'sae.{missing[0]} is missing, which the recipe {name!r} needs; configs/recipes.py:{name} has it')
-  _check(s, target)
+  _check(s, target, settings.get('batch_size', 0))
   rate = s['learning_rate'] or optimizer.scaled_rate(s['n_latents'])
   decay_steps = 0 if s['decay'] == 'constant' else math.ceil(s['decay_fraction'] * n_steps)
   tx = optimizer.adam(
@@ -274,7 +286,7 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
   return Plan(recipe, tx, s['ema'], s)
 
 
-def _check(s, target):
+def _check(s, target, batch_size):
   choices = {
     'normalization': NORMALIZATIONS,
     'compute_dtype': COMPUTE_DTYPES,
@@ -284,6 +296,10 @@ def _check(s, target):
     if field in s and s[field] not in known:
       raise ValueError(f'sae.{field} {s[field]!r} is unknown; choose one of {", ".join(known)}')
   sae.check_settings(s['n_latents'], s.get('k'), 'none')
+  if 'prefixes' in s:
+    batch_topk.check_prefixes(tuple(s['prefixes']), s['n_latents'])
+  if s['micro_batches'] < 1 or batch_size % s['micro_batches']:
+    raise ValueError(f'sae.micro_batches {s["micro_batches"]} does not divide sae.batch_size {batch_size}')
   if s['skip'] and not target:
     raise ValueError('sae.skip is of a transcoder, past its latents; set sae.target_site too, or leave it out')
   if target and s['normalization'] in ('layer_norm_std', 'unit_norm'):

@@ -224,7 +224,7 @@ def run(config, workdir):
     dispatches = _dispatches(config.sae, first, batches(first, part))
     states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
     for member in members:
-      _finish(member, states[member.name])
+      _finish(member, states[member.name], sample[member.settings.site])
     processes.on_first(lambda: command.finish(workdir / 'sae'))
 
 
@@ -443,8 +443,8 @@ def _bad(what, step, checkpoints) -> str:
   return f'{what} at step {step}; {kept}. Lower sae.learning_rate or set sae.clip, in another --workdir'
 
 
-def _finish(member, state):
-  kept = member.plan.finish(state)
+def _finish(member, state, sample_bd):
+  kept = member.plan.finish(state, sample_bd)
   if jax.process_count() > 1:  # process 0 writes all of it
     kept = jax.jit(lambda x: x, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(kept)
   processes.on_first(lambda: sae.save(member.folder / 'final', kept))

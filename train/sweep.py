@@ -37,6 +37,8 @@ def members(config: ml_collections.ConfigDict) -> dict[str, ml_collections.Confi
     override = dict(override)
     name = override.pop('name', None) or ','.join(f'{key}={value}' for key, value in override.items()) or 'base'
     name = str(name).replace('/', '-')
+    if name in ('.', '..'):
+      raise ValueError(f'sae.sweep has the name {name!r}, which is no folder of its own; choose another')
     if name in found:
       raise ValueError(f'sae.sweep has {name!r} twice; give each SAE a name of its own, or leave one out')
     found[name] = _overridden(base, override)

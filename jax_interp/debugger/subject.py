@@ -111,10 +111,7 @@ class Subject:
         raise ValueError(f'the SAE at {site} reads {d} numbers and the site has {width}; give the SAE of this model')
       if sae.is_transcoder or sae.activation.name not in ACTIVATIONS:
         what = 'a transcoder, which writes another site' if sae.is_transcoder else sae.activation.name
-        raise ValueError(
-          f'the SAE at {site} is {what}; the debugger reads SAEs of {", ".join(ACTIVATIONS)} (train.convert to '
-          'gemma_scope and back makes a gated or ProLU one a JumpReLU)'
-        )
+        raise ValueError(f'the SAE at {site} is {what}; the debugger reads SAEs of {", ".join(ACTIVATIONS)}')
 
   @functools.cached_property
   def write_sizes(self) -> WriteSizes:

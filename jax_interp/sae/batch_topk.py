@@ -46,8 +46,7 @@ class BatchTopK:
       ValueError: the prefixes do not rise to the number of latents.
     """
     prefixes = self.prefixes or (sae.n_latents,)
-    if list(prefixes) != sorted(set(prefixes)) or prefixes[0] < 1 or prefixes[-1] != sae.n_latents:
-      raise ValueError(f'prefixes {prefixes} do not rise to n_latents {sae.n_latents}; the last must be all latents')
+    check_prefixes(prefixes, sae.n_latents)
     n_kept = self.k * len(x_bd)
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
@@ -68,6 +67,16 @@ class BatchTopK:
       return dense.Terms(latents_bl, recons_bd, parts, {'threshold': jnp.maximum(smallest, 0)})
 
     return dense.loss_and_grads(terms, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, self.dead_tokens)
+
+
+def check_prefixes(prefixes: tuple[int, ...], n_latents: int):
+  """Raises unless prefixes are sizes that rise to the number of latents.
+
+  Raises:
+    ValueError: they do not.
+  """
+  if list(prefixes) != sorted(set(prefixes)) or not prefixes or prefixes[0] < 1 or prefixes[-1] != n_latents:
+    raise ValueError(f'prefixes {prefixes} do not rise to n_latents {n_latents}; the last must be all latents')
 
 
 def _segments(latents_bl, decoder_ld, prefixes):

@@ -72,7 +72,7 @@ class JumpReLU:
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
 
   Raises:
-    ValueError: the sparsity is unknown, or has no target.
+    ValueError: the sparsity is unknown, has no target, or has one that it does not use.
   """
 
   coef: float
@@ -89,6 +89,8 @@ class JumpReLU:
       raise ValueError(f'sparsity {self.sparsity!r} of JumpReLU is unknown; choose one of {", ".join(SPARSITIES)}')
     if self.sparsity == 'target' and self.target_l0 <= 0:
       raise ValueError(f"target_l0 {self.target_l0} of sparsity 'target' is not above 0; give the L0 wanted")
+    if self.sparsity != 'target' and self.target_l0:
+      raise ValueError(f'target_l0 {self.target_l0} means nothing to sparsity {self.sparsity!r}; set it to 0')
 
   @property
   def unit_norm(self) -> bool:
@@ -100,7 +102,9 @@ class JumpReLU:
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
       preacts_bl = dense.linear(sae, x_bd) + sae.latent_bias[...]
-      threshold_l = jnp.maximum(sae.activation.threshold[...], 0)
+      # One below 0 counts as 0 and has the gradient of 0, or it would stay below for good.
+      own_l = sae.activation.threshold[...]
+      threshold_l = own_l + jax.lax.stop_gradient(jnp.maximum(own_l, 0) - own_l)
       latents_bl = jumprelu(preacts_bl, threshold_l, self.bandwidth)
       recons_bd = dense.reconstruct(sae, latents_bl, x_bd)
       parts = {'squared_error': dense.squared_error(target_bd - recons_bd)}

@@ -67,7 +67,7 @@ def gated(p, x, y):
 
 def jumprelu(p, x, sparsity):
   z = (x - p['pre_bias']) @ p['encoder'].T + p['latent_bias']
-  theta = jnp.maximum(p['threshold'], 0)
+  theta = bias_like(jnp.maximum(p['threshold'], 0), [(jnp.ones(L), p['threshold'])])  # below 0 as at 0
   near = (jnp.abs(z - theta) < BANDWIDTH / 2).astype(z.dtype)
   thetas = jnp.broadcast_to(theta, z.shape)
   latents = bias_like(z * (z > theta), [(z > theta, z), (-theta / BANDWIDTH * near, thetas)])
@@ -94,7 +94,7 @@ CASES = {
 } | {
   f'jumprelu_{kind}': (
     'jumprelu',
-    JumpReLU(COEF, kind, BANDWIDTH, WARMUP, target_l0=7, preact_coef=0.5, dead_tokens=DEAD),
+    JumpReLU(COEF, kind, BANDWIDTH, WARMUP, target_l0=7 * (kind == 'target'), preact_coef=0.5, dead_tokens=DEAD),
     lambda p, x, y, kind=kind: jumprelu(p, x, kind),
   )
   for kind in ('l0', 'target', 'tanh')
@@ -164,6 +164,7 @@ def test_nothing_of_batch_by_latents_crosses_devices(shape, case):
     (lambda: ProLU(1, 'tanh'), "gradient 'tanh' of ProLU is unknown; choose one of relu, ste"),
     (lambda: JumpReLU(1, 'l1'), "sparsity 'l1' of JumpReLU is unknown; choose one of l0, target, tanh"),
     (lambda: JumpReLU(1, 'target'), 'target_l0 0 .* is not above 0'),
+    (lambda: JumpReLU(1, target_l0=9), "target_l0 9 means nothing to sparsity 'l0'; set it to 0"),
   ],
 )
 def test_unknown_options_raise(make, message):

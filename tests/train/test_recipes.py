@@ -33,7 +33,7 @@ def test_every_recipe_trains_resumes_and_leaves_an_sae(mesh, tmp_path, recipe):
     assert np.isfinite(metrics['loss']).all()
     n_metrics.add(len(metrics))
   assert len(n_metrics) == 1
-  kept = plan.finish(state)
+  kept = plan.finish(state, ACTS[0])
   sae.save(tmp_path / 'sae', kept)
   loaded = sae.load_sae(tmp_path / 'sae')
   latents, norm = loaded.encode(ACTS[0])
@@ -42,6 +42,8 @@ def test_every_recipe_trains_resumes_and_leaves_an_sae(mesh, tmp_path, recipe):
   assert loaded.activation.name == {
     'multi_topk': 'topk', 'batch_topk': 'jumprelu', 'matryoshka': 'jumprelu', 'relu_april': 'relu'
   }.get(recipe, recipe)  # fmt: skip
+  if recipe in ('batch_topk', 'matryoshka'):
+    assert (latents > 0).sum() == 16 * B  # the threshold is for what it is asked to keep
   if plan.recipe.unit_norm:
     np.testing.assert_allclose(np.linalg.norm(kept.decoder[...], axis=1), 1, rtol=1e-5)
 
@@ -109,6 +111,9 @@ def test_a_rate_of_0_is_the_rule():
     ('relu', {'ema': 0.9}, 'average weights from before and after a resampling'),
     ('topk', {'decay': 'linear', 'decay_fraction': 1.0}, '12 steps of linear decay do not fit behind 2 of warm-up'),
     ('jumprelu', {'target_l0': 0.0}, 'target_l0 0.0 .* is not above 0'),
+    ('matryoshka', {'prefixes': (64, 512)}, r'prefixes \(64, 512\) do not rise to n_latents 2048'),
+    ('topk', {'micro_batches': 3}, 'sae.micro_batches 3 does not divide sae.batch_size 4096'),
+    ('topk', {'micro_batches': 0}, 'sae.micro_batches 0 does not divide'),
   ],
 )
 def test_what_means_nothing_raises(recipe, changes, message):
