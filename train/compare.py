@@ -7,7 +7,6 @@ other numbers of latents than it was trained for (progressive recovery, section 
 
 import itertools
 
-import jax
 import numpy as np
 from matplotlib import figure
 
@@ -109,7 +108,6 @@ def run(config, workdir):
       bar.set_postfix(fvu=f'{numbers["normalized_mse"]:.4f}', l0=f'{numbers["l0"]:.1f}', refresh=False)
       others = at_other_ks(sae, acts[settings.site], keep_nbt)
       results[name] = {'recipe': settings.recipe, 'n_latents': sae.n_latents, **numbers, 'at_other_ks': others}
-      jax.clear_caches()  # an activation function's programs serve no other
       if command.stopping():
         raise command.Stopped('nothing is saved: comparing is short; run the same command again')
   print(table(results))

@@ -1,7 +1,7 @@
 """BatchTopK: k latents a token on average, over the batch (Bussmann et al. 2024), and Matryoshka prefixes of it.
 
-Tokens that need more latents take them from those that need fewer. After training a threshold stands for the batch: the
-average of the smallest value that was kept makes the SAE a JumpReLU one, which encodes each token alone.
+Tokens that need more latents take them from those that need fewer. After training a threshold, with which as
+many are kept on average, makes the SAE a JumpReLU one, which encodes each token alone.
 """
 
 import dataclasses
