@@ -24,6 +24,7 @@ from models.activation_functions import TopK
 
 NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', 'constant')
 NORM_EPS = 1e-5
+UNIT_TOLERANCE = 1e-3
 MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-8  # the latter, in the units of x, lets the iteration pass through a data point
 PARAMETERS = ('encoder', 'decoder', 'pre_bias', 'latent_bias')
 
@@ -180,6 +181,11 @@ def expected_average_scale(sample_bd) -> float:
 def unit_rows(w_ld: jax.Array) -> jax.Array:
   """Returns the rows scaled to norm 1."""
   return w_ld / jnp.linalg.norm(w_ld, axis=1, keepdims=True)
+
+
+def has_unit_rows(sae: SparseAutoencoder) -> bool:
+  """Returns whether the decoder's rows are at norm 1, as recipes that keep them there want them, but for rounding."""
+  return bool(jnp.abs(jnp.linalg.norm(sae.decoder[...], axis=1) - 1).max() < UNIT_TOLERANCE)
 
 
 def geometric_median(x_bd: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ it ends with the same numbers.
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
 from jax_interp import activations, store, text
@@ -16,8 +15,6 @@ from models import sae as sae_lib
 from models import sharding
 from train import command, processes, windows
 from train import sae as train_sae
-
-UNIT = 1e-3  # how far from 1 the norm of a decoder row may be that is kept there
 
 
 def order(n_windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -46,8 +43,7 @@ def run(config, workdir):
   if command.claim(folder, {'end_to_end': settings, **train_sae.made_with(config, workdir)}):
     return
   started_from, subject = train_sae.load(config, workdir), command.subject(config, workdir)
-  norms_l = jnp.linalg.norm(started_from.decoder[...], axis=1)
-  objective = dataclasses.replace(objective, unit_norm=bool(jnp.abs(norms_l - 1).max() < UNIT))
+  objective = dataclasses.replace(objective, unit_norm=sae_lib.has_unit_rows(started_from))
   windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
   keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
   if len(windows_et) < settings.batch_size:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from jax_interp import store
-from models import pretrained, sharding
 from models import sae as sae_lib
-from train import capture, command, grow
+from models import sharding
+from tests.train import runs
+from train import command, grow
 from train import sae as train_sae
 
-SITE, D, N_EXAMPLES, N_TOKENS, BATCH, N_STEPS = 'h.1.resid.post_mlp', 24, 40, 16, 32, 12
+SITE, D, N_EXAMPLES, N_TOKENS, BATCH, N_STEPS = 'h.1.resid.post_mlp', runs.D_SUMS, 40, 16, 32, 12
 SETTINGS = {
   'site': SITE,
   'source': 'store',
@@ -72,26 +73,7 @@ def _peak(monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
   """A store of activations that are sums of a few of 96 directions, captured by the workdir `old`."""
-  rng = np.random.default_rng(0)
-  saved = store.ActivationStore.create(
-    tmp_path / 'store',
-    {SITE: (D,)},
-    N_EXAMPLES,
-    N_TOKENS,
-    shard_examples=8,
-    dtype='float32',
-    model=pretrained.fingerprint('embedded'),
-    tokenizer='',
-    dataset='',
-  )
-  directions = rng.normal(size=(96, D))
-  for shard in saved.missing():
-    sources = (rng.random((8, N_TOKENS, 96)) < 0.05) * rng.exponential(size=(8, N_TOKENS, 96))
-    acts = (sources @ directions + 0.1 * rng.normal(size=(8, N_TOKENS, D))).astype(np.float32)
-    saved.write(shard, np.zeros((8, N_TOKENS), np.int32), {SITE: acts})
-  command.claim(tmp_path / 'old' / 'activations', capture.made_with(config_of(tmp_path), tmp_path / 'old'))
-  store.write_json(tmp_path / 'old' / 'activations' / capture.REPORT, {'store': saved.manifest, 'run': None})
-  command.finish(tmp_path / 'old' / 'activations')
+  runs.capture_sums(config_of(tmp_path), [tmp_path / 'old'], 96, 0.05)
   return tmp_path
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 from jax_interp import store
-from models import pretrained, sharding
 from models import sae as sae_lib
+from models import sharding
+from tests.train import runs
 from train import capture, command, sweep
 from train import sae as train_sae
 
 ROOT = pathlib.Path(__file__).parents[2]
-SITE, D, N_EXAMPLES, N_TOKENS = 'h.1.resid.post_mlp', 24, 40, 16
+SITE, D, N_EXAMPLES, N_TOKENS = 'h.1.resid.post_mlp', runs.D_SUMS, 40, 16
 OTHER_SITE, D_OTHER = 'h.2.resid.post_mlp', 20  # whose activations are the other's, times 2, plus 1
 N_STEPS, BATCH = 12, 32
 
@@ -88,27 +89,9 @@ def one_device():
 @pytest.fixture
 def activations(tmp_path):
   """A store of activations that are sums of a few of 40 directions, captured by this folder and two below it."""
-  rng = np.random.default_rng(0)
-  saved = store.ActivationStore.create(
-    tmp_path / 'store',
-    {SITE: (D,), OTHER_SITE: (D_OTHER,)},
-    N_EXAMPLES,
-    N_TOKENS,
-    shard_examples=8,
-    dtype='float32',
-    model=pretrained.fingerprint('embedded'),
-    tokenizer='',
-    dataset='',
-  )
-  directions = rng.normal(size=(40, D))
-  for shard in saved.missing():
-    sources = (rng.random((8, N_TOKENS, 40)) < 0.1) * rng.exponential(size=(8, N_TOKENS, 40))
-    acts = (sources @ directions + 0.1 * rng.normal(size=(8, N_TOKENS, D))).astype(np.float32)
-    saved.write(shard, np.zeros((8, N_TOKENS), np.int32), {SITE: acts, OTHER_SITE: 2 * acts[..., :D_OTHER] + 1})
-  for workdir in (tmp_path, *(tmp_path / name for name in ('whole', 'stopped', 'alone'))):
-    command.claim(workdir / 'activations', capture.made_with(config_of(tmp_path), workdir))
-    store.write_json(workdir / 'activations' / capture.REPORT, {'store': saved.manifest, 'run': None})
-    command.finish(workdir / 'activations')
+  workdirs = tmp_path, *(tmp_path / name for name in ('whole', 'stopped', 'alone'))
+  others = {OTHER_SITE: lambda x_etd: 2 * x_etd[..., :D_OTHER] + 1}
+  runs.capture_sums(config_of(tmp_path), workdirs, 40, 0.1, others)
   return tmp_path
 
 
@@ -383,14 +366,19 @@ def test_a_checkpoint_of_another_config_raises_and_stays(one_device, activations
   assert store.latest_step(activations / 'sae' / 'checkpoints') == 2
 
 
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(one_device, activations, monkeypatch):
-  config = config_of(activations, steps_per_dispatch=1)
+def poison(monkeypatch, step):
+  """Has the activations of the call that begins behind a step be NaN."""
   train_steps = train_sae.train_step.train_steps
 
   def poisoned(state, acts_sbd, *args):
-    return train_steps(state, acts_sbd * np.nan if state.step == 6 else acts_sbd, *args)
+    return train_steps(state, acts_sbd * np.nan if state.step == step else acts_sbd, *args)
 
   monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(one_device, activations, monkeypatch):
+  config = config_of(activations, steps_per_dispatch=1)
+  poison(monkeypatch, 6)
   with pytest.raises(ValueError, match=r'not finite at step 7; the last good checkpoint is .*/sae/checkpoints/4'):
     train_sae.run(config, activations)
 
@@ -398,12 +386,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(one_device, ac
 def test_a_checkpoint_is_not_good_before_the_step_after_it(one_device, activations, monkeypatch):
   """The loss of step 5 is of the weights that step 4 left, which are then saved no longer."""
   config = config_of(activations, steps_per_dispatch=1, checkpoint_every=2)
-  train_steps = train_sae.train_step.train_steps
-
-  def poisoned(state, acts_sbd, *args):
-    return train_steps(state, acts_sbd * np.nan if state.step == 4 else acts_sbd, *args)
-
-  monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
+  poison(monkeypatch, 4)
   with pytest.raises(ValueError, match=r'not finite at step 5; the last good checkpoint is .*/sae/checkpoints/2\.'):
     train_sae.run(config, activations)
   assert store.latest_step(activations / 'sae' / 'checkpoints') == 2
