@@ -15,7 +15,7 @@ from models import sharding
 from models.sites import Tap
 
 INIT_STD = 0.02
-FEW_ROWS = 16  # up to as many are laid out by column, see `_by_column`
+FEW_ROWS = 16  # up to as many are laid out by column, see `by_column`
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD, out_sharding: tuple = ()) -> nnx.Param:
@@ -30,15 +30,15 @@ class Embedding(nnx.Module):
     self.embedding = normal(rngs, (n, d_model))
 
 
-def _by_column(x: jax.Array) -> jax.Array:
-  """Returns x [..., i] laid out by column where it has few rows, and its gradient so too.
+def by_column(x: jax.Array) -> jax.Array:
+  """Returns x [..., i] laid out by column where it has few rows and none is cut, and its gradient so too.
 
   On a CPU, 16 rows times a matrix that is too large for the caches take 4/5 of the time like this, and times its
   transpose, as gradients are, half; with 32 rows it no longer pays. Without the barrier XLA would turn it around again.
   In bfloat16 XLA has no such product on a CPU.
   """
   n_rows = math.prod(x.shape[:-1])
-  if n_rows > FEW_ROWS or x.dtype != jnp.float32:
+  if n_rows > FEW_ROWS or x.dtype != jnp.float32 or sharding.is_cut('model'):
     return x
   return jax.lax.optimization_barrier(x.reshape(n_rows, x.shape[-1]).T).T.reshape(x.shape)
 
@@ -61,7 +61,7 @@ class Linear(nnx.Module):
     else:  # as one matrix: for the gradient of a product over several axes XLA copies the kernel, transposed
       lead, shape = x.shape[: x.ndim - self.n_in], kernel.shape
       matrix = kernel.reshape(math.prod(shape[: self.n_in]), -1)
-      y = jnp.matmul(_by_column(x.reshape(*lead, -1)), matrix, preferred_element_type=jnp.float32)
+      y = jnp.matmul(by_column(x.reshape(*lead, -1)), matrix, preferred_element_type=jnp.float32)
       y = y.reshape(*lead, *shape[self.n_in :])
     if self.bias is not None:
       y += self.bias[...]
@@ -76,7 +76,7 @@ class Linear(nnx.Module):
       axes = tuple(range(-outputs, 0))
       return jnp.tensordot(y, kernel, (axes, axes), preferred_element_type=jnp.float32)
     matrix = kernel.reshape(math.prod(shape[: self.n_in]), -1)
-    x = _by_column(jnp.matmul(y.reshape(*lead, -1), matrix.T, preferred_element_type=jnp.float32))
+    x = by_column(jnp.matmul(y.reshape(*lead, -1), matrix.T, preferred_element_type=jnp.float32))
     return x.reshape(*lead, *shape[: self.n_in])
 
 

@@ -6,6 +6,7 @@ the model has them.
 """
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -19,13 +20,16 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from models import activation_functions, sharding
+from models import activation_functions, layers, sharding
 from models.activation_functions import TopK
 
 NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', 'constant')
 NORM_EPS = 1e-5
 UNIT_TOLERANCE = 1e-3
 MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-8  # the latter, in the units of x, lets the iteration pass through a data point
+SPARSE_ROWS = 128  # for up to as many rows, where they have up to N_ACTIVE latents that are not zero, the decoder's
+N_ACTIVE = 128  # rows of these alone are read,
+MIN_LATENTS = 16 * N_ACTIVE  # if it has so many more
 PARAMETERS = ('encoder', 'decoder', 'pre_bias', 'latent_bias')
 
 
@@ -111,7 +115,7 @@ class SparseAutoencoder(nnx.Module):
 
   def linear(self, normed: jax.Array) -> jax.Array:
     """Returns the encoder's products [..., l] with a normalised input [..., d], without the latent bias."""
-    return jnp.einsum('...d,ld->...l', normed - self.pre_bias[...], self.encoder[...])
+    return layers.by_column(jnp.einsum('...d,ld->...l', normed - self.pre_bias[...], self.encoder[...]))
 
   def preacts(self, normed: jax.Array) -> jax.Array:
     """Returns the pre-activations [..., l] of a normalised input [..., d]."""
@@ -132,12 +136,57 @@ class SparseAutoencoder(nnx.Module):
 
   def write(self, latents: jax.Array, norm: InputNorm) -> jax.Array:
     """Returns what dense latents [..., l] add to the reconstruction [..., d], in the scale of the originals."""
-    return jnp.einsum('...l,ld->...d', latents, self.decoder[...]) * norm.scale
+    return _combine(latents, self.decoder[...]) * norm.scale
+
+  def read(self, y: jax.Array, norm: InputNorm) -> jax.Array:
+    """Returns what each latent [..., l] has, by unit, of a direction y [..., d] of the reconstruction."""
+    return layers.by_column(jnp.einsum('...d,ld->...l', y * norm.scale, self.decoder[...]))
+
+  def contributions(self, latents_bl: jax.Array, norm: InputNorm, y_nbd: jax.Array) -> jax.Array:
+    """Returns what each latent adds [n, b, l] to the product of the reconstruction with each of n directions."""
+
+    def sparse(indices_bk):
+      values_bk = jnp.take_along_axis(latents_bl, indices_bk, -1)
+      found_nbk = jnp.einsum('nbd,bkd->nbk', y_nbd * norm.scale, self.decoder[...][indices_bk]) * values_bk
+      nothing_nbl = jnp.zeros((len(y_nbd), *latents_bl.shape), found_nbk.dtype)
+      return nothing_nbl.at[:, jnp.arange(len(latents_bl))[:, None], indices_bk].set(found_nbk)
+
+    dense = lambda: jnp.stack([latents_bl * self.read(y_bd, norm) for y_bd in y_nbd])
+    return _by_activity(latents_bl, jnp.zeros((len(y_nbd), *latents_bl.shape)), sparse, dense)
 
   def constant(self, norm: InputNorm) -> jax.Array:
     """Returns the reconstruction [..., d] without any latent: biases (and the skip), in the scale of the originals."""
     bias = self.out_bias if self.is_transcoder else self.pre_bias
     return bias[...] * norm.scale + norm.mean
+
+
+def _by_activity(latents, nothing, sparse, dense):
+  """Returns `nothing` without active latents [..., l], sparse(indices [..., N_ACTIVE]) with few, else dense()."""
+  if math.prod(latents.shape[:-1]) > SPARSE_ROWS or latents.shape[-1] < MIN_LATENTS or sharding.is_cut('model'):
+    return dense()
+  n_active = jnp.count_nonzero(latents, axis=-1).max()
+  few = lambda: sparse(jax.lax.top_k(jnp.abs(latents), N_ACTIVE)[1])
+  branch = jnp.where(n_active == 0, 0, jnp.where(n_active <= N_ACTIVE, 1, 2))
+  return jax.lax.switch(branch, [lambda: nothing, few, dense])
+
+
+@jax.custom_jvp
+def _combine(latents, decoder_ld):
+  """Returns latents [..., l] times the decoder; what is not active has a gradient all the same."""
+  shape = *latents.shape[:-1], decoder_ld.shape[1]
+
+  def sparse(indices):
+    values = jnp.take_along_axis(latents, indices, -1)
+    return jnp.einsum('...k,...kd->...d', values, decoder_ld[indices])
+
+  nothing = jnp.zeros(shape, jnp.result_type(latents, decoder_ld))
+  return _by_activity(latents, nothing, sparse, lambda: jnp.einsum('...l,ld->...d', latents, decoder_ld))
+
+
+@_combine.defjvp
+def _combine_jvp(primals, tangents):
+  product = lambda latents, decoder_ld: jnp.einsum('...l,ld->...d', layers.by_column(latents), decoder_ld)
+  return _combine(*primals), jax.jvp(product, primals, tangents)[1]
 
 
 def check_settings(n_latents: int, k: int | None, normalization: str):

@@ -57,20 +57,6 @@ def _splice_live(x, tap, sae, mask):
   return _through_latents(x, tap, sae, mask, lambda x: x)
 
 
-@jax.custom_jvp
-def _write(sae, change, norm):
-  """Returns `sae.write`; where nothing is changed, which is most often, the decoder is not read."""
-  shape = jax.eval_shape(sae.write, change, norm)
-  nothing = lambda change, norm: jnp.zeros(shape.shape, shape.dtype)
-  return jax.lax.cond(jnp.any(change != 0), sae.write, nothing, change, norm)
-
-
-@_write.defjvp
-def _write_jvp(primals, tangents):
-  # Of the write itself, whichever branch is taken: what no edit changes still has a gradient.
-  return _write(*primals), jax.jvp(lambda sae, change, norm: sae.write(change, norm), primals, tangents)[1]
-
-
 def _through_latents(x, tap, sae, mask, held):
   """Returns what the edited latents and error add up to; `held` is what gradients see of the error's own inputs.
 
@@ -79,7 +65,7 @@ def _through_latents(x, tap, sae, mask, held):
   flat = tap('input', x.reshape(*x.shape[:2], -1), 'batch token d_model')
   latents, norm = sae.encode(flat)
   error = jax.lax.stop_gradient(flat - sae.decode(latents, norm))
-  change = _write(sae, tap('latents', latents, 'batch token latent') - held(latents), norm)
+  change = sae.write(tap('latents', latents, 'batch token latent') - held(latents), norm)
   change += tap('error', error, 'batch token d_model') - error
   spliced = held(flat) + change
   return jnp.where(tap.here(mask), spliced.reshape(x.shape), x).astype(x.dtype)

@@ -91,7 +91,7 @@ def _latent_reads(block, edited, sae, name, number, stream_td, frozen, grads):
   latents_tl = jnp.where(sae.encode(x_tx)[0] > 0, preacts_tl, 0)
   tap = sites.Tap(interventions.latent_edits(edited.held, {name: number}))
   latents_btl = tap(f'{name}.latents', latents_tl[None], 'batch token latent')
-  return latents_btl[0] * jax.lax.stop_gradient(grads['.latents'])
+  return latents_btl[0] * jax.lax.stop_gradient(sae.read(grads['.error'], norm))
 
 
 @functools.partial(jax.jit, static_argnames='through')

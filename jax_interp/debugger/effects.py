@@ -147,7 +147,7 @@ def run(
       acts,
       ('qk_probs', '.k', '.v', 'v_out', 'post_act', 'post_emb', *DELTAS, *sites.SPLICED, 'ln_f', *STREAMS),
     ),
-    kept(grads, ('qk_probs', 'v_out', 'post_act', 'post_emb', *DELTAS, *sites.SPLICED)),
+    kept(grads, ('qk_probs', 'v_out', 'post_act', 'post_emb', *DELTAS, '.input', '.error')),
     grad_td.astype(jnp.float32),
     jnp.asarray(question.stream),
     jnp.asarray(traced_sae),
@@ -410,10 +410,8 @@ def _describe_sae(model, sae, site, acts, grads, run, writer, rows) -> Described
   scale_n1 = jnp.broadcast_to(norm_n.scale, (len(latent), 1))
   constant_nx = jnp.broadcast_to(sae.constant(norm_n), acts['.error'][token].shape)
   own_nx = jnp.where(of('error')[:, None], acts['.error'][token], constant_nx)
-  total = jnp.where(
-    of('latent'), latents_n * grads['.latents'][token, latent], (own_nx * grads['.error'][token]).sum(-1)
-  )
   own_nx = jnp.where(of('latent')[:, None], latents_n[:, None] * sae.decoder[...][latent] * scale_n1, own_nx)
+  total = (own_nx * grads['.error'][token]).sum(-1)
   activation = jnp.where(of('latent'), latents_n, jnp.where(of('bias'), 1.0, jnp.nan))
   return _described(activation, to_stream(model, site, own_nx), run, rows, total, writer.reaches(run)[token])
 
@@ -510,7 +508,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   n_head, n_tokens, _ = probs_hts.shape
   v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
   norm = lambda x_thc: jnp.linalg.norm(jnp.einsum('thc,hce->hte', x_thc.astype(jnp.float32), sizes[0]), axis=-1)
-  reads_thc = _read(kernels['attn'], run.grad_td, reach['attn'])
+  reads_thc = _read(kernels['attn'].read, run.grad_td, reach['attn'])
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
   causal_ts = kept_t[:, None] & (jnp.arange(n_tokens)[:, None] >= jnp.arange(n_tokens))
   total_hts = jnp.where(causal_ts, probs_hts * grads['qk_probs'], 0)
@@ -524,7 +522,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   total_tn = post_act_tn * grads['post_act'] * kept_t[:, None]
   neurons_direct = jnp.zeros(())
   if with_neurons:
-    direct_tn = post_act_tn * _read(kernels['mlp'], run.grad_td, reach['mlp']) * (reach['mlp'] & kept_t)[:, None]
+    direct_tn = post_act_tn * _read(kernels['mlp'].read, run.grad_td, reach['mlp']) * (reach['mlp'] & kept_t)[:, None]
     neurons = _extremes((post_act_tn * sizes[1], total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
     neurons_direct = direct_tn.sum()
   parts, held = [], []
@@ -546,10 +544,17 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   )
 
 
-def _read(linear, grad_td, reach_t) -> Array:
-  """Returns `linear.read`; zeros, for less than reading the matrix, where no token reaches the stream."""
-  shape = jax.eval_shape(linear.read, grad_td)
-  return jax.lax.cond(reach_t.any(), linear.read, lambda _: jnp.zeros(shape.shape, shape.dtype), grad_td)
+def _read(read, grad_td, reach_t) -> Array:
+  """Returns what inputs [token, ...] have of a gradient: `read` of it, at tokens that reach the stream.
+
+  Where none does, the matrix is not read; where one alone has a gradient, as for most objectives, it is read for that
+  one, in half the time.
+  """
+  shape = jax.eval_shape(read, grad_td)
+  nothing = lambda _: jnp.zeros(shape.shape, shape.dtype)
+  live_t = reach_t & (grad_td != 0).any(-1)
+  one = lambda grad_td: nothing(grad_td).at[live_t.argmax()].set(read(grad_td[live_t.argmax()]))
+  return jax.lax.switch(jnp.minimum(live_t.sum(), 2), [nothing, one, read], grad_td)
 
 
 def _summed(x_td, grad_td, run, kept_t, live_t, reach_t) -> Array:
@@ -590,8 +595,8 @@ def _find_in_sae(model, sae, size_l, site, acts, grads, run, writer, k) -> _Own:
     _, layer, part, _ = site.split('.')
     grad_tx = getattr(model.h[int(layer)], part).c_proj.read(grad_tx).reshape(len(kept_t), -1)
   latents_tl = acts['.latents']
-  direct_tl = latents_tl * jnp.einsum('tx,lx->tl', grad_tx, sae.decoder[...]) * scale_t1 * reach_t[:, None]
-  total_tl = latents_tl * grads['.latents']
+  grads_2tx = jnp.stack([grads['.error'], grad_tx * reach_t[:, None]])
+  total_tl, direct_tl = sae.contributions(latents_tl, norm, grads_2tx)
   found = _extremes((jnp.abs(latents_tl) * size_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
   constant_tx = jnp.broadcast_to(sae.constant(norm), acts['.error'].shape)
 

@@ -254,7 +254,8 @@ def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: di
   # What is large (unembedding, kernels, encoders) stays outside of the branches: XLA would copy it into each.
   z_kd, index = z_kd.astype(jnp.float32), question.index
   read_kv = jnp.einsum('kd,vd->kv', z_kd[: question.n_read], model.unembedding, preferred_element_type=jnp.float32)
-  kernel_cd = jnp.stack([block.attn.c_proj.kernel[...][index] for block in model.h])[question.layer]
+  kernels = [lambda head, block=block: block.attn.c_proj.kernel[...][head] for block in model.h]
+  kernel_cd = jax.lax.switch(question.layer, kernels, index)
   pairs = zip(saes.values(), inputs, strict=True)
   small = {
     'logits_k': jnp.einsum('kd,kd->k', z_kd, model.unembedding[question.tokens_k].astype(jnp.float32)),
