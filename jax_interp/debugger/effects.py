@@ -682,10 +682,10 @@ def find(subject: Subject, saes: Mapping, run: Run, k: int, exact: bool, columns
   small = {'embedding': {(0, 0): embedding}, 'head_token': {}, 'bias': {}, 'error': {}, 'head_total': {}, 'layer': {}}
   for i, layer in enumerate(layers):
     if layer.heads:
+      totals = layer.by_head.sum(-1, keepdims=True)
+      totals[0] = np.nan  # a norm of what is written at several tokens says nothing
       for head in range(model.config.n_head):
-        mine = layer.by_head[:, head]
-        small['head_token'][i, head] = mine
-        small['head_total'][i, head] = np.append([[np.nan]], mine[1:].sum(1, keepdims=True), 0)
+        small['head_token'][i, head], small['head_total'][i, head] = layer.by_head[:, head], totals[:, head]
     for part in range(len(PARTS)):
       small['layer'][i, part], small['bias'][i, part] = layer.parts[part]
   for site in sae_sites:
@@ -758,7 +758,8 @@ def _rank(kind: str, rows: dict, k: int, n_tokens: int, columns: Sequence[int]) 
   if not keys:
     return found
   values = np.stack(list(rows.values()))[..., :n_tokens]  # [key, 3, token]
-  activation = 1.0 if kind in ('embedding', 'bias') else np.nan
+  activation = np.full_like(values[:, :1], 1.0 if kind in ('embedding', 'bias') else np.nan)
+  whole = np.concatenate([values, activation], 1)  # [key, 4, token]
   for column in columns:
     if RANKED[column] not in SUMMED or np.isnan(values[:, column]).all():
       continue
@@ -766,7 +767,7 @@ def _rank(kind: str, rows: dict, k: int, n_tokens: int, columns: Sequence[int]) 
       signed = sign * values[:, column]
       order = _above_zero(signed.reshape(-1), k)
       for row, token in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
-        found.setdefault((*keys[row], int(token)), np.append(values[row, :, token], activation))
+        found.setdefault((*keys[row], int(token)), whole[row, :, token])
   return found
 
 

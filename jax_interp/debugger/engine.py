@@ -6,6 +6,7 @@ the debugger ask of a prompt begins with `prepare`.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -440,7 +441,7 @@ def tabulate(nodes: list[schema.Node], described: effects.Described | None) -> s
     return schema.Table(nodes=[], **{name: [] for name in COLUMNS})
   if any(np.isinf(getattr(described, name)).any() for name in COLUMNS):
     raise ValueError('effects of this run are not finite; hold activations at smaller values')
-  numbers = lambda x_n: [None if np.isnan(x) else float(x) for x in x_n]
+  numbers = lambda x_n: [None if math.isnan(x) else x for x in x_n.tolist()]
   return schema.Table(nodes=nodes, **{name: numbers(getattr(described, name)) for name in COLUMNS})
 
 
