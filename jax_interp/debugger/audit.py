@@ -2,12 +2,14 @@
 
 A node changes nothing before its own layer, so that the batch grows as the layers pass: layer i computes the prompt as
 it is and the nodes of layers up to i. Nor does it change earlier tokens: nodes of late tokens share a batch that reads
-only the last tokens of the prompt, behind the keys and values of the others. One compiled block serves all layers.
+only the last tokens of the prompt, behind the keys and values of the others; how nodes are shared out among batches is
+what computes least. One compiled block serves all layers.
 """
 
 import bisect
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -18,8 +20,9 @@ from jax_interp.debugger import effects, engine, interventions, objectives, sche
 from jax_interp.debugger.subject import Subject
 from models import sites
 
-SIZES = (8, 16, 24, 32, 48, 64)  # of batches, so that few are compiled
-SHARES = (1 / 4, 1 / 2, 3 / 4, 1)  # of the tokens that a batch reads, so that few are compiled
+SIZES = (4, 8, 12, 16, 24, 32, 48, 64)  # of batches, so that few are compiled
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the tokens that a batch may read, so that few are compiled
+LAYER_TOKENS = 40  # a layer of a batch takes as long as so many tokens more than it has, on a CPU
 MAX_PAIRS = SIZES[-1] * 256**2  # token pairs in memory together
 LISTED = ('embedding', 'head', 'neuron', 'latent')  # kinds of the nodes of the largest estimates
 ABLATABLE = (*LISTED, 'head_token', 'layer')
@@ -242,6 +245,29 @@ def held_objectives(
   return jax.device_get(_objectives(model, saes, question, values, slopes))
 
 
+def _cheapest(widths: Sequence[int], needed_n: np.ndarray, layer_n: np.ndarray, n_layer: int) -> tuple[int, ...]:
+  """Returns which widths batches should have: the last, and those before it that save more than they cost.
+
+  Args:
+    widths: to choose from, in tokens, rising; the last holds all.
+    needed_n: how many of the last tokens each node needs.
+    layer_n: its layer.
+    n_layer: of the model.
+  """
+
+  def cost(chosen):
+    total, group_n = 0, np.searchsorted(chosen, needed_n)
+    for width, layers in ((width, np.sort(layer_n[group_n == group])) for group, width in enumerate(chosen)):
+      if len(layers):
+        n_rows = 1 + np.searchsorted(layers, np.arange(n_layer), 'right')
+        total += sum(width * _size(n) + LAYER_TOKENS for n in n_rows.tolist())
+    return total
+
+  *some, last = widths
+  subsets = itertools.chain.from_iterable(itertools.combinations(some, n) for n in range(len(some) + 1))
+  return min(((*subset, last) for subset in subsets), key=cost)
+
+
 def measure(
   subject: Subject,
   prepared: engine.Prepared,
@@ -264,12 +290,12 @@ def measure(
   """
   rows, n_slots = rows_of(nodes, tuple(prepared.saes)), prepared.tokens_bt.shape[1]
   read = min(int(prepared.question.token), int(prepared.question.positions_k.min()))
-  widths = np.array([int(np.ceil(share * n_slots)) for share in SHARES])
-  first_n = np.minimum(rows.token, read)  # token that must be computed
-  group_n = np.argmax(prepared.n_tokens - widths <= first_n[:, None], axis=1)  # the least width that holds it
+  needed_n = prepared.n_tokens - np.minimum(rows.token, read)  # the last tokens, that must be computed
+  widths = _cheapest([int(np.ceil(share * n_slots)) for share in SHARES], needed_n, rows.layer, len(subject.model.h))
+  group_n = np.searchsorted(widths, needed_n)  # the least width that holds them
   objective, found_n, slopes_n, n_done = np.nan, np.zeros(len(nodes)), np.zeros(len(nodes)), 0
   nothing = Rows(*np.array([[-1], [-1], [0], [0], [0]], np.int32))
-  for group, width in enumerate(widths.tolist()):
+  for group, width in enumerate(widths):
     order = np.flatnonzero(group_n == group)
     order = order[np.argsort(rows.layer[order], kind='stable')]
     lot = min(SIZES[-1], max(2, MAX_PAIRS // (width * n_slots))) - 1

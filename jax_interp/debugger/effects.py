@@ -596,7 +596,7 @@ def _find_in_sae(model, sae, size_l, site, acts, grads, run, writer, k) -> _Own:
     grad_tx = getattr(model.h[int(layer)], part).c_proj.read(grad_tx).reshape(len(kept_t), -1)
   latents_tl = acts['.latents']
   grads_2tx = jnp.stack([grads['.error'], grad_tx * reach_t[:, None]])
-  total_tl, direct_tl = sae.contributions(latents_tl, norm, grads_2tx)
+  total_tl, direct_tl = sae.written_along(latents_tl, norm, grads_2tx)
   found = _extremes((jnp.abs(latents_tl) * size_l * scale_t1, total_tl, direct_tl, latents_tl), kept_t[:, None], k)
   constant_tx = jnp.broadcast_to(sae.constant(norm), acts['.error'].shape)
 

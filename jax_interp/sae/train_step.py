@@ -25,8 +25,6 @@ class Recipe(Protocol):
 
   Attributes:
     unit_norm: the decoder's rows are kept at norm 1, and its gradient loses its component along each row.
-    scales_rows: where there is one and it is true, `loss_and_grads` also takes what brings the decoder's rows to norm 1
-      (see `losses.TopK`), and there is a `parity`: whether steps are in the order of OpenAI's trainer.
     scales_rows: where it has that and it is true, `loss_and_grads` takes the factors that bring the decoder's rows to
       norm 1, so that they need not be multiplied out, and does the projection; see `losses.TopK`.
     parity: where it has that and it is true, the order within a step is that of OpenAI's trainer.

@@ -227,6 +227,19 @@ def test_lots_and_batches_that_grow_change_nothing(monkeypatch):
   assert shares == sorted(shares)
 
 
+@pytest.mark.parametrize(
+  ('needed', 'layers', 'expected'),
+  [
+    ([1] * 20, range(20), (2, 16)),  # all at the last token: nothing is left for the whole prompt
+    ([16] * 20, range(20), (16,)),
+    ([1, 3, 16], [0, 1, 2], (16,)),  # three batches would read all matrices three times
+    ([8] * 31 + [16] * 31, [0] * 62, (8, 16)),
+  ],
+)
+def test_batches_are_as_wide_as_their_nodes_need_where_that_saves_anything(needed, layers, expected):
+  assert audit._cheapest((2, 4, 8, 16), np.array(needed), np.array([*layers]), 20) == expected
+
+
 def test_other_nodes_prompts_and_questions_compile_nothing(subject, monkeypatch):
   monkeypatch.setattr(audit, 'SHARES', (1,))
   audited(subject)

@@ -45,6 +45,53 @@ def test_encode_and_decode_are_the_formulas_in_float64(mesh, normalization):
   np.testing.assert_allclose(model.decode(latents, norm), expected_recons, rtol=1e-4, atol=1e-4)
 
 
+def _with_active(n_active, n_latents, n_inputs=5):
+  """Returns latents [input, latent] of both signs, n_active of the last input and fewer of the others."""
+  rng, latents_bl = np.random.default_rng(n_active), np.zeros((n_inputs, n_latents), np.float32)
+  for row, x_l in enumerate(latents_bl):
+    n = n_active * (row + 1) // n_inputs
+    x_l[rng.choice(n_latents, n, replace=False)] = rng.normal(size=n)
+  return latents_bl
+
+
+@pytest.mark.parametrize('n_active', [0, 7, sae.N_ACTIVE, sae.N_ACTIVE + 1])
+def test_however_many_latents_are_active_writes_and_their_gradients_are_exact(mesh, n_active):
+  n_latents, rng = 2 * sae.MIN_LATENTS, np.random.default_rng(0)
+  model = sae.init_sae(jax.random.key(0), activations(1).reshape(-1, D), n_latents, K, 'unit_norm')
+  latents_bl, x_bd = _with_active(n_active, n_latents), activations().reshape(-1, D)[:5]
+  norm = model.normalize(x_bd)[1]
+  decoder_ld, scale_b1 = np.asarray(model.decoder[...], np.float64), np.asarray(norm.scale, np.float64)
+  found_bd = jax.jit(lambda m, x: m.write(x, norm))(model, latents_bl)
+  np.testing.assert_allclose(found_bd, latents_bl @ decoder_ld * scale_b1, rtol=1e-5, atol=1e-5)  # float32 sums
+  y_nbd = rng.normal(size=(2, *x_bd.shape)).astype(np.float32)
+  reads_nbl = (y_nbd * scale_b1) @ decoder_ld.T
+  along_nbl = jax.jit(lambda m, x: m.written_along(x, norm, y_nbd))(model, latents_bl)
+  np.testing.assert_allclose(along_nbl, latents_bl * reads_nbl, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(model.read(y_nbd[1], norm), reads_nbl[1], rtol=1e-4, atol=1e-4)
+  product = lambda m, x: (m.write(x, norm) * y_nbd[0]).sum()
+  of_model, of_latents_bl = jax.jit(jax.grad(product, argnums=(0, 1)))(model, latents_bl)
+  np.testing.assert_allclose(of_latents_bl, reads_nbl[0], rtol=1e-4, atol=1e-4)  # also of those that are zero
+  expected_ld = latents_bl.T @ (y_nbd[0] * scale_b1)
+  np.testing.assert_allclose(of_model.decoder[...], expected_ld, rtol=1e-4, atol=1e-5)
+  step_bl = rng.normal(size=latents_bl.shape).astype(np.float32)
+  slope_bd = jax.jvp(lambda x: model.write(x, norm), (latents_bl,), (step_bl,))[1]
+  np.testing.assert_allclose(slope_bd, step_bl @ decoder_ld * scale_b1, rtol=1e-4, atol=1e-3)  # sums of 4,096
+
+
+def test_only_active_rows_of_the_decoder_are_read():
+  """Not-a-numbers in all other rows do not reach what is written."""
+  n_latents = sae.MIN_LATENTS
+  latents_bl = _with_active(9, n_latents)
+  off_l = (latents_bl == 0).all(0)
+  with jax.set_mesh(sharding.make_mesh()):
+    model = sae.init_sae(jax.random.key(0), activations(1).reshape(-1, D), n_latents, K, 'none')
+    norm = model.normalize(activations().reshape(-1, D)[:5])[1]
+    expected_bd = model.write(latents_bl, norm)
+    off_l[: 2 * sae.N_ACTIVE] = False  # rows of the first latents that are off fill the places that are left
+    model.decoder[...] = jnp.where(off_l[:, None], jnp.nan, model.decoder[...])
+    np.testing.assert_array_equal(model.write(latents_bl, norm), expected_bd)
+
+
 def test_initialisation_is_tied_and_does_not_depend_on_the_mesh(mesh):
   model = example('layer_norm_std')
   encoder = np.asarray(model.encoder[...])
