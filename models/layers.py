@@ -31,7 +31,7 @@ class Embedding(nnx.Module):
 
 
 def by_column(x: jax.Array) -> jax.Array:
-  """Returns x [..., i] laid out by column where it has few rows and none is cut, and its gradient so too.
+  """Returns x [..., i] laid out by column where it has few rows and `model` cuts nothing, and its gradient so too.
 
   On a CPU, 16 rows times a matrix that is too large for the caches take 4/5 of the time like this, and times its
   transpose, as gradients are, half; with 32 rows it no longer pays. Without the barrier XLA would turn it around again.

@@ -5,6 +5,7 @@ Inputs are normalised on the way in and the normalisation is undone on the way o
 the model has them.
 """
 
+import functools
 import json
 import math
 import os
@@ -27,9 +28,9 @@ NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', 'constant')
 NORM_EPS = 1e-5
 UNIT_TOLERANCE = 1e-3
 MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-8  # the latter, in the units of x, lets the iteration pass through a data point
-N_ACTIVE = 128  # where an input has up to as many active latents, only their rows of the decoder are read,
-MIN_LATENTS = 16 * N_ACTIVE  # if there are as many latents
-SPARSE_INPUTS = 128  # and up to as many inputs: with more, a product with the whole decoder is no slower
+# Up to SPARSE_INPUTS inputs with up to N_ACTIVE active latents each have only the rows of these read of a decoder of
+# MIN_LATENTS or more. With more of either, a product with the whole decoder is no slower on a CPU.
+SPARSE_INPUTS, N_ACTIVE, MIN_LATENTS = 128, 128, 2048
 PARAMETERS = ('encoder', 'decoder', 'pre_bias', 'latent_bias')
 
 
@@ -163,8 +164,8 @@ class SparseAutoencoder(nnx.Module):
 def _by_activity(latents, nothing, sparse, dense):
   """Returns `nothing` without active latents [..., l], sparse(indices [..., N_ACTIVE]) with few, else dense()."""
   if math.prod(latents.shape[:-1]) > SPARSE_INPUTS or latents.shape[-1] < MIN_LATENTS or sharding.is_cut('model'):
-    return dense()
-  n_active = jnp.count_nonzero(latents, axis=-1).max()
+    return jax.lax.cond((latents != 0).any(), dense, lambda: nothing)
+  n_active = jnp.count_nonzero(latents, axis=-1).max(initial=0)
   few = lambda: sparse(jax.lax.top_k(jnp.abs(latents), N_ACTIVE)[1])
   branch = jnp.where(n_active == 0, 0, jnp.where(n_active <= N_ACTIVE, 1, 2))
   return jax.lax.switch(branch, [lambda: nothing, few, dense])
@@ -183,10 +184,14 @@ def _combine(latents, decoder_ld):
   return _by_activity(latents, nothing, sparse, lambda: jnp.einsum('...l,ld->...d', latents, decoder_ld))
 
 
-@_combine.defjvp
+@functools.partial(_combine.defjvp, symbolic_zeros=True)
 def _combine_jvp(primals, tangents):
+  """What does not change takes no part: its zeros would be multiplied all the same."""
+  is_zero = [isinstance(tangent, jax.custom_derivatives.SymbolicZero) for tangent in tangents]
   product = lambda latents, decoder_ld: jnp.einsum('...l,ld->...d', layers.by_column(latents), decoder_ld)
-  return _combine(*primals), jax.jvp(product, primals, tangents)[1]
+  terms = [] if is_zero[0] else [product(tangents[0], primals[1])]
+  terms += [] if is_zero[1] else [product(primals[0], tangents[1])]
+  return _combine(*primals), sum(terms)
 
 
 def check_settings(n_latents: int, k: int | None, normalization: str):

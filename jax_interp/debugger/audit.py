@@ -2,8 +2,8 @@
 
 A node changes nothing before its own layer, so that the batch grows as the layers pass: layer i computes the prompt as
 it is and the nodes of layers up to i. Nor does it change earlier tokens: nodes of late tokens share a batch that reads
-only the last tokens of the prompt, behind the keys and values of the others; how nodes are shared out among batches is
-what computes least. One compiled block serves all layers.
+only the last tokens of the prompt, behind the keys and values of the others; nodes are shared out among batches so that
+little is computed. One compiled block serves all layers.
 """
 
 import bisect
@@ -247,6 +247,8 @@ def held_objectives(
 
 def _cheapest(widths: Sequence[int], needed_n: np.ndarray, layer_n: np.ndarray, n_layer: int) -> tuple[int, ...]:
   """Returns which widths batches should have: the last, and those before it that save more than they cost.
+
+  It is an estimate, which leaves out that large batches are cut into lots.
 
   Args:
     widths: to choose from, in tokens, rising; the last holds all.

@@ -319,7 +319,10 @@ def layer_acts(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]
 
 
 def own_acts(run: Run, site: str) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns activations and gradients of the SAE at a site, [1, ...] each: '.input', '.latents', '.error'."""
+  """Returns activations of the SAE at a site, [1, ...] each, '.input', '.latents', '.error', and gradients.
+
+  Those of latents are not among them: they are the SAE's `read` of the gradient of its error.
+  """
   of = lambda found: {name: found[site + name] for name in sites.SPLICED if site + name in found}
   return of(run.acts), of(run.grads)
 
@@ -508,7 +511,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   n_head, n_tokens, _ = probs_hts.shape
   v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
   norm = lambda x_thc: jnp.linalg.norm(jnp.einsum('thc,hce->hte', x_thc.astype(jnp.float32), sizes[0]), axis=-1)
-  reads_thc = _read(kernels['attn'].read, run.grad_td, reach['attn'])
+  reads_thc = _read(kernels['attn'], run.grad_td, reach['attn'])
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
   causal_ts = kept_t[:, None] & (jnp.arange(n_tokens)[:, None] >= jnp.arange(n_tokens))
   total_hts = jnp.where(causal_ts, probs_hts * grads['qk_probs'], 0)
@@ -522,7 +525,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   total_tn = post_act_tn * grads['post_act'] * kept_t[:, None]
   neurons_direct = jnp.zeros(())
   if with_neurons:
-    direct_tn = post_act_tn * _read(kernels['mlp'].read, run.grad_td, reach['mlp']) * (reach['mlp'] & kept_t)[:, None]
+    direct_tn = post_act_tn * _read(kernels['mlp'], run.grad_td, reach['mlp']) * (reach['mlp'] & kept_t)[:, None]
     neurons = _extremes((post_act_tn * sizes[1], total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
     neurons_direct = direct_tn.sum()
   parts, held = [], []
@@ -544,17 +547,17 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   )
 
 
-def _read(read, grad_td, reach_t) -> Array:
-  """Returns what inputs [token, ...] have of a gradient: `read` of it, at tokens that reach the stream.
+def _read(linear, grad_td, reach_t) -> Array:
+  """Returns `linear.read` of a gradient; where a token does not reach the stream, anything.
 
   Where none does, the matrix is not read; where one alone has a gradient, as for most objectives, it is read for that
-  one, in half the time.
+  one, on a CPU in half the time.
   """
-  shape = jax.eval_shape(read, grad_td)
+  shape = jax.eval_shape(linear.read, grad_td)
   nothing = lambda _: jnp.zeros(shape.shape, shape.dtype)
   live_t = reach_t & (grad_td != 0).any(-1)
-  one = lambda grad_td: nothing(grad_td).at[live_t.argmax()].set(read(grad_td[live_t.argmax()]))
-  return jax.lax.switch(jnp.minimum(live_t.sum(), 2), [nothing, one, read], grad_td)
+  one = lambda grad_td: nothing(grad_td).at[live_t.argmax()].set(linear.read(grad_td[live_t.argmax()]))
+  return jax.lax.switch(jnp.minimum(live_t.sum(), 2), [nothing, one, linear.read], grad_td)
 
 
 def _summed(x_td, grad_td, run, kept_t, live_t, reach_t) -> Array:

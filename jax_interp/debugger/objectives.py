@@ -251,7 +251,8 @@ def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: di
   for site in saes:
     layer, name = split_site(site)
     inputs.append((embedding if layer is None else layers[layer])[f'{name}.input'].astype(jnp.float32))
-  # What is large (unembedding, kernels, encoders) stays outside of the branches: XLA would copy it into each.
+  # What is large (unembedding, encoders) stays outside of the branches: XLA would copy it into each. Not so kernels, of
+  # which a branch takes one head: those of all layers would have to be stacked.
   z_kd, index = z_kd.astype(jnp.float32), question.index
   read_kv = jnp.einsum('kd,vd->kv', z_kd[: question.n_read], model.unembedding, preferred_element_type=jnp.float32)
   kernels = [lambda head, block=block: block.attn.c_proj.kernel[...][head] for block in model.h]

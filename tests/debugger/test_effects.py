@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jax_interp.debugger import engine, schema
-from models import sites
+from models import sae, sites
 from tests.debugger import reference, subjects
 
 SUBJECTS = {
@@ -12,13 +12,18 @@ SUBJECTS = {
   'gpt2_saes': ('gpt2', tuple(subjects.SAES)),
   'llama': ('llama', ()),
   'llama_saes': ('llama', ('h.0.mlp.post_act', 'h.1.attn.v_out')),
+  'gpt2_active': ('gpt2', ('h.0.mlp.post_act', 'h.1.attn.v_out', 'h.1.resid.post_mlp')),
 }
 KINDS = ('embedding', 'head', 'head_token', 'head_total', 'neuron', 'latent', 'bias', 'error', 'layer')
 
 
 @pytest.fixture(scope='module', params=list(SUBJECTS))
 def subject(request):
-  return subjects.build(*SUBJECTS[request.param])
+  with pytest.MonkeyPatch.context() as patched:
+    if request.param == 'gpt2_active':  # only active latents' rows of the decoders are read, as of large SAEs
+      patched.setattr(sae, 'MIN_LATENTS', 20)
+      patched.setattr(sae, 'N_ACTIVE', 10)
+    yield subjects.build(*SUBJECTS[request.param])
 
 
 def _some(expected, n=25):

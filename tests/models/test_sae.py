@@ -54,10 +54,18 @@ def _with_active(n_active, n_latents, n_inputs=5):
   return latents_bl
 
 
+@pytest.fixture(params=[(1, 1), (2, 1), (2, 2)], ids=['1x1', '2x1', '2x2'])
+def any_mesh(request):
+  with jax.set_mesh(sharding.make_mesh(*request.param)):
+    yield
+
+
+@pytest.mark.usefixtures('any_mesh')
+@pytest.mark.parametrize('normalization', ['constant', 'unit_norm'])
 @pytest.mark.parametrize('n_active', [0, 7, sae.N_ACTIVE, sae.N_ACTIVE + 1])
-def test_however_many_latents_are_active_writes_and_their_gradients_are_exact(mesh, n_active):
+def test_however_many_latents_are_active_writes_and_their_gradients_are_exact(normalization, n_active):
   n_latents, rng = 2 * sae.MIN_LATENTS, np.random.default_rng(0)
-  model = sae.init_sae(jax.random.key(0), activations(1).reshape(-1, D), n_latents, K, 'unit_norm')
+  model = sae.init_sae(jax.random.key(0), activations(1).reshape(-1, D), n_latents, K, normalization, 0.5)
   latents_bl, x_bd = _with_active(n_active, n_latents), activations().reshape(-1, D)[:5]
   norm = model.normalize(x_bd)[1]
   decoder_ld, scale_b1 = np.asarray(model.decoder[...], np.float64), np.asarray(norm.scale, np.float64)
@@ -90,6 +98,24 @@ def test_only_active_rows_of_the_decoder_are_read():
     off_l[: 2 * sae.N_ACTIVE] = False  # rows of the first latents that are off fill the places that are left
     model.decoder[...] = jnp.where(off_l[:, None], jnp.nan, model.decoder[...])
     np.testing.assert_array_equal(model.write(latents_bl, norm), expected_bd)
+
+
+@pytest.mark.parametrize(
+  ('n_latents', 'n_inputs'), [(8, 3), (sae.MIN_LATENTS, 3), (sae.MIN_LATENTS, sae.SPARSE_INPUTS + 1)]
+)
+def test_where_nothing_is_active_the_decoder_is_not_read(mesh, n_latents, n_inputs):
+  model = sae.init_sae(jax.random.key(0), activations(1).reshape(-1, D), n_latents, K, 'none')
+  norm = model.normalize(np.ones((n_inputs, D), np.float32))[1]
+  model.decoder[...] *= jnp.nan
+  nothing_bl = np.zeros((n_inputs, n_latents), np.float32)
+  assert not np.any(jax.jit(lambda m, x: m.write(x, norm))(model, nothing_bl))
+  assert not np.any(jax.jit(lambda m, x: m.written_along(x, norm, np.ones((2, n_inputs, D), 'f')))(model, nothing_bl))
+
+
+def test_no_inputs_write_nothing(mesh):
+  model = sae.init_sae(jax.random.key(0), activations(1).reshape(-1, D), sae.MIN_LATENTS, K, 'none')
+  norm = model.normalize(np.ones((0, D), np.float32))[1]
+  assert model.write(np.zeros((0, sae.MIN_LATENTS), np.float32), norm).shape == (0, D)
 
 
 def test_initialisation_is_tied_and_does_not_depend_on_the_mesh(mesh):
