@@ -259,7 +259,8 @@ def _cheapest(widths: Sequence[int], needed_n: np.ndarray, layer_n: np.ndarray, 
 
   def cost(chosen):
     total, group_n = 0, np.searchsorted(chosen, needed_n)
-    for width, layers in ((width, np.sort(layer_n[group_n == group])) for group, width in enumerate(chosen)):
+    for group, width in enumerate(chosen):
+      layers = np.sort(layer_n[group_n == group])
       if len(layers):
         n_rows = 1 + np.searchsorted(layers, np.arange(n_layer), 'right')
         total += sum(width * _size(n) + LAYER_TOKENS for n in n_rows.tolist())
@@ -293,7 +294,8 @@ def measure(
   rows, n_slots = rows_of(nodes, tuple(prepared.saes)), prepared.tokens_bt.shape[1]
   read = min(int(prepared.question.token), int(prepared.question.positions_k.min()))
   needed_n = prepared.n_tokens - np.minimum(rows.token, read)  # the last tokens, that must be computed
-  widths = _cheapest([int(np.ceil(share * n_slots)) for share in SHARES], needed_n, rows.layer, len(subject.model.h))
+  widths = [int(np.ceil(share * n_slots)) for share in SHARES]
+  widths = _cheapest(widths, needed_n, rows.layer, subject.model.config.n_layer)
   group_n = np.searchsorted(widths, needed_n)  # the least width that holds them
   objective, found_n, slopes_n, n_done = np.nan, np.zeros(len(nodes)), np.zeros(len(nodes)), 0
   nothing = Rows(*np.array([[-1], [-1], [0], [0], [0]], np.int32))

@@ -147,7 +147,7 @@ def run(
       acts,
       ('qk_probs', '.k', '.v', 'v_out', 'post_act', 'post_emb', *DELTAS, *sites.SPLICED, 'ln_f', *STREAMS),
     ),
-    kept(grads, ('qk_probs', 'v_out', 'post_act', 'post_emb', *DELTAS, '.input', '.error')),
+    kept(grads, ('qk_probs', 'v_out', 'post_act', 'post_emb', *DELTAS, '.error')),
     grad_td.astype(jnp.float32),
     jnp.asarray(question.stream),
     jnp.asarray(traced_sae),
@@ -319,9 +319,9 @@ def layer_acts(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]
 
 
 def own_acts(run: Run, site: str) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns activations of the SAE at a site, [1, ...] each, '.input', '.latents', '.error', and gradients.
+  """Returns activations of the SAE at a site, [1, ...] each, '.input', '.latents', '.error', and the last's gradient.
 
-  Those of latents are not among them: they are the SAE's `read` of the gradient of its error.
+  The gradients of latents are the SAE's `read` of it.
   """
   of = lambda found: {name: found[site + name] for name in sites.SPLICED if site + name in found}
   return of(run.acts), of(run.grads)
