@@ -147,7 +147,7 @@ def run(
       acts,
       ('qk_probs', '.k', '.v', 'v_out', 'post_act', 'post_emb', *DELTAS, *sites.SPLICED, 'ln_f', *STREAMS),
     ),
-    kept(grads, ('qk_probs', 'v_out', 'post_act', 'post_emb', *DELTAS, '.error')),
+    kept(grads, ('qk_probs', 'v_out', 'v_out.input', 'post_act', 'post_emb', *DELTAS, '.error')),
     grad_td.astype(jnp.float32),
     jnp.asarray(question.stream),
     jnp.asarray(traced_sae),
@@ -319,9 +319,9 @@ def layer_acts(run: Run, layer: int) -> tuple[dict[str, Array], dict[str, Array]
 
 
 def own_acts(run: Run, site: str) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns activations of the SAE at a site, [1, ...] each, '.input', '.latents', '.error', and the last's gradient.
+  """Returns activations of the SAE at a site, [1, ...] each, '.input', '.latents', '.error', and gradients.
 
-  The gradients of latents are the SAE's `read` of it.
+  Of these '.error' is always there. The gradients of latents are the SAE's `read` of it.
   """
   of = lambda found: {name: found[site + name] for name in sites.SPLICED if site + name in found}
   return of(run.acts), of(run.grads)
