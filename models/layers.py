@@ -90,20 +90,21 @@ def attend(q_bthc: jax.Array, k_btgc: jax.Array, v_btgc: jax.Array, tap: Tap) ->
   q_bthc = tap('q', q_bthc, 'batch token head channel')
   k_bsgc = tap.extend('k', tap('k', k_btgc, 'batch token head channel'))
   v_bsgc = tap.extend('v', tap('v', v_btgc, 'batch token head channel'))
+  within, q_bthc = tap.to_rows(q_bthc)
   (b, t, h, c), g = q_bthc.shape, k_bsgc.shape[2]
   # One matrix for the heads that share a key, x their tokens one head after another: einsums of the arrays as they are
   # take half as long again on a CPU.
   q_bgxc = q_bthc.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, c)
   k_bgcs, v_bgsc = k_bsgc.transpose(0, 2, 3, 1), v_bsgc.transpose(0, 2, 1, 3)
   logits_bgxs = jnp.einsum('bgxc,bgcs->bgxs', q_bgxc, k_bgcs, preferred_element_type=jnp.float32)
-  logits_bhts = tap('qk_logits', logits_bgxs.reshape(b, h, t, -1) * c**-0.5, 'batch head token source')
-  causal_bts = tap.positions(t)[..., None] >= jnp.arange(logits_bhts.shape[-1])
+  logits_bhts = within('qk_logits', logits_bgxs.reshape(b, h, t, -1) * c**-0.5, 'batch head token source')
+  causal_bts = within.positions(t)[..., None] >= jnp.arange(logits_bhts.shape[-1])
   probs_bhts = jax.nn.softmax(jnp.where(causal_bts[:, None], logits_bhts, -jnp.inf))
-  probs_bhts = tap('qk_probs', probs_bhts.astype(q_bthc.dtype), 'batch head token source')
+  probs_bhts = within('qk_probs', probs_bhts.astype(q_bthc.dtype), 'batch head token source')
   probs_bgxs = probs_bhts.reshape(b, g, h // g * t, -1)
   v_out_bgxc = jnp.einsum('bgxs,bgsc->bgxc', probs_bgxs, v_bgsc, preferred_element_type=jnp.float32)
   v_out_bthc = v_out_bgxc.reshape(b, g, h // g, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
-  return tap('v_out', v_out_bthc.astype(q_bthc.dtype), 'batch token head channel')
+  return tap.from_rows(within('v_out', v_out_bthc.astype(q_bthc.dtype), 'batch token head channel'))
 
 
 class Block(nnx.Module):

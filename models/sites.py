@@ -135,6 +135,36 @@ class Past:
   n_slots: int
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['keys_and_values', 'row_p', 'token_p', 'first'],
+  meta_fields=['n_rows', 'n_tokens', 'n_slots'],
+)
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """A pass over some tokens of each of several rows, of which all else is known: one batch [1, pair] of them all.
+
+  A site is [1, pair, ...] where tokens do not meet, and [row, token, ...] from attention's patterns to what heads give,
+  with the tokens from `first` on; rows there are of no meaning where no pair is.
+
+  Attributes:
+    keys_and_values: {site: [slot, g, channel]}, after their edits: of every row, where it has no pair.
+    row_p: int32 [pair]: its row; n_rows, and the pair is padding.
+    token_p: int32 [pair]: its token.
+    first: of the tokens in attention.
+    n_rows, n_tokens: of attention.
+    n_slots: how many tokens a row can have.
+  """
+
+  keys_and_values: dict[str, jax.Array]
+  row_p: jax.Array
+  token_p: jax.Array
+  first: jax.Array
+  n_rows: int
+  n_tokens: int
+  n_slots: int
+
+
 @dataclasses.dataclass
 class Tap:
   """Visits every named site of one forward pass, always in this order: shard, edit, probe, capture."""
@@ -142,7 +172,7 @@ class Tap:
   edits: Sequence[Edit] = ()
   probes: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
   capture: Sequence[str] = ()
-  past: Past | None = None
+  past: Past | Pairs | None = None
   prefix: str = ''
   shape: dict[str, int] = dataclasses.field(default_factory=dict)  # of the site that is being edited, by dimension
   acts: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -171,6 +201,8 @@ class Tap:
 
   def positions(self, n_tokens: int) -> jax.Array:
     """Returns the positions [batch or 1, n_tokens] of this pass's tokens in their texts."""
+    if isinstance(self.past, Pairs):
+      return self.past.token_p[None]
     first_b = jnp.zeros(1, jnp.int32) if self.past is None else self.past.n_read_b
     return first_b[:, None] + jnp.arange(n_tokens)
 
@@ -179,11 +211,30 @@ class Tap:
     if self.past is None:
       return x_btgc
     site, (b, t, *shape) = self.prefix + name, x_btgc.shape
-    empty = jnp.zeros((b, self.past.n_slots, *shape), x_btgc.dtype)
-    slots_bt = self.positions(t)
-    extended = self.past.keys_and_values.get(site, empty).at[jnp.arange(b)[:, None], slots_bt].set(x_btgc)
+    if isinstance(self.past, Pairs):
+      known = self.past.keys_and_values[site]
+      empty, rows_bt = jnp.broadcast_to(known, (self.past.n_rows, *known.shape)), self.past.row_p[None]
+    else:
+      empty, rows_bt = jnp.zeros((b, self.past.n_slots, *shape), x_btgc.dtype), jnp.arange(b)[:, None]
+      empty = self.past.keys_and_values.get(site, empty)
+    extended = empty.at[rows_bt, self.positions(t)].set(x_btgc, mode='drop')
     self.keys_and_values[site] = sharding.constrain(extended, 'batch token head channel')
     return self.keys_and_values[site]
+
+  def to_rows(self, x_bthc: jax.Array) -> tuple['Tap', jax.Array]:
+    """Returns the tap of attention, and queries [row, token, head, channel] for it: without pairs, what is given."""
+    if not isinstance(self.past, Pairs):
+      return self, x_bthc
+    past = self.past
+    empty = jnp.zeros((past.n_rows, past.n_tokens, *x_bthc.shape[2:]), x_bthc.dtype)
+    x_rthc = empty.at[past.row_p, past.token_p - past.first].set(x_bthc[0], mode='drop')
+    return dataclasses.replace(self, past=Past({}, jnp.full(past.n_rows, past.first), past.n_slots)), x_rthc
+
+  def from_rows(self, x_rthc: jax.Array) -> jax.Array:
+    """Returns what attention gives [row, token, ...] for this pass's pairs: without pairs, what is given."""
+    if not isinstance(self.past, Pairs):
+      return x_rthc
+    return x_rthc[self.past.row_p, self.past.token_p - self.past.first][None]
 
   def here(self, value) -> jax.Array:
     """Returns what an edit's argument, broadcast to the whole text, is at this pass's tokens.
@@ -193,18 +244,21 @@ class Tap:
         nor all that the text can have.
     """
     value, dims, shape = jnp.asarray(value), list(self.shape), tuple(self.shape.values())
-    axis = dims.index('token') - len(dims)  # from the right, as arrays broadcast
-    varies = value.ndim >= -axis and value.shape[axis] != 1
-    if self.past is not None and varies:
+    axis = dims.index('token')
+    if self.past is not None:
+      value = value.reshape((1,) * (len(dims) - value.ndim) + value.shape)
+    if self.past is not None and value.shape[axis] != 1:
       if value.shape[axis] != self.past.n_slots:
         raise ValueError(
           f'an edit at {self.prefix[:-1]} has an array of {value.shape[axis]} tokens; while generating, it must have 1 '
           f'or all {self.past.n_slots}, of the prompt and the new ones'
         )
-      value = jnp.broadcast_to(value, (self.shape['batch'], *value.shape[value.ndim - len(dims) + 1 :]))
-      axis += len(dims) - 1  # of a row
-      take = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, self.shape['token'], axis)
-      value = jax.vmap(take)(value, self.past.n_read_b)
+      if isinstance(self.past, Pairs):
+        value = jnp.take(value, self.past.token_p, axis)
+      else:
+        value = jnp.broadcast_to(value, (self.shape['batch'], *value.shape[1:]))
+        take = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, self.shape['token'], axis - 1)
+        value = jax.vmap(take)(value, self.past.n_read_b)
     sizes = zip(value.shape[::-1], shape[::-1], strict=False)
     if value.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
       raise ValueError(

@@ -1,15 +1,13 @@
 """The estimates against the truth: nodes really ablated, many in one batch.
 
-A node changes nothing before its own layer, so that the batch grows as the layers pass: layer i computes the prompt as
-it is and the nodes of layers up to i. Nor does it change earlier tokens: nodes of late tokens share a batch that reads
-only the last tokens of the prompt, behind the keys and values of the others; nodes are shared out among batches so that
-little is computed. One compiled block serves all layers.
+A node changes nothing before its own layer, nor at earlier tokens. So the row of a node is in the batch from its layer
+on, and with the tokens from its own on: what a layer computes are pairs of a row and a token (`sites.Pairs`), more from
+layer to layer, and as the first row the prompt as it is. One compiled block serves all layers.
 """
 
 import bisect
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -20,16 +18,17 @@ from jax_interp.debugger import effects, engine, interventions, objectives, sche
 from jax_interp.debugger.subject import Subject
 from models import sites
 
-SIZES = (4, 8, 12, 16, 24, 32, 48, 64)  # of batches, so that few are compiled
-SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the tokens that a batch may read, so that few are compiled
-LAYER_TOKENS = 40  # a layer of a batch takes as long as so many tokens more than it has, on a CPU
+SIZES = (16, 32, 64)  # rows in attention, so that few are compiled
+PAIRS = (64, 96, 128, 192, 256, 384, 512, 768)  # the same of pairs
+PAIRS += tuple(step << power for power in range(8, 20) for step in (4, 5, 6, 7))
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the prompt's tokens that attention computes, so that few are compiled
 MAX_PAIRS = SIZES[-1] * 256**2  # token pairs in memory together
 LISTED = ('embedding', 'head', 'neuron', 'latent')  # kinds of the nodes of the largest estimates
 ABLATABLE = (*LISTED, 'head_token', 'layer')
 EMBEDDING, HEAD, NEURON, HEAD_TOKEN, ATTN, MLP, LATENT = range(7)  # codes; that of its SAE is added to a latent's
 CODES = {'attn.qk_probs': HEAD, 'attn.v_out': HEAD_TOKEN, 'resid.delta_attn': ATTN}  # of what is held at a site
 CODES |= {'mlp.post_act': NEURON, 'resid.delta_mlp': MLP}
-READ = ('resid.post_attn', 'resid.post_mlp', 'attn.q', 'attn.k', 'attn.v', 'attn.qk_probs', 'mlp.pre_act')
+READ = ('resid.post_attn', 'resid.post_mlp', 'attn.q', 'attn.qk_probs', 'mlp.pre_act')
 
 
 @functools.partial(
@@ -62,113 +61,162 @@ def rows_of(nodes: Sequence[schema.Node], sae_sites: Sequence[str]) -> Rows:
   return Rows(*np.array(found, np.int32).reshape(-1, 5).T)
 
 
-def _hold_rows(x, tap, rows, values_b, layer, code):
-  """Sets one cell of each row that holds one here; where a cell is a vector, multiplies it."""
-  places = {HEAD: (rows.index, rows.token, rows.source), ATTN: (rows.token,), MLP: (rows.token,)}
-  cells, mine_b = places.get(code, (rows.token, rows.index)), (rows.code == code) & (rows.layer == layer)
-  cells = [jnp.where(mine_b, cell, x.shape[axis + 1]) for axis, cell in enumerate(cells)]  # else outside of the array
-  at, values_b = x.at[jnp.arange(len(x)), *cells], values_b.astype(x.dtype)
-  if x.ndim > 1 + len(cells):
-    return at.multiply(values_b[:, None], mode='drop', unique_indices=True)
-  return at.set(values_b, mode='drop')
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['row_p', 'token_p', 'from_p', 'cell_r', 'read_r', 'who_r', 'first'],
+  meta_fields=['n_rows', 'n_tokens', 'n_slots'],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """The pairs that a layer computes, of rows that are there by then.
+
+  Attributes:
+    row_p, token_p, first, n_rows, n_tokens, n_slots: see `sites.Pairs`.
+    from_p: int32 [pair]: which pair of the layer before it continues.
+    cell_r: int32 [row]: the pair at what the row holds.
+    read_r: int32 [row]: the pair at the token that the objective is read from.
+    who_r: int32 [row]: the row that it is still the same as: itself from its layer on, before it the first.
+  """
+
+  row_p: np.ndarray
+  token_p: np.ndarray
+  from_p: np.ndarray
+  cell_r: np.ndarray
+  read_r: np.ndarray
+  who_r: np.ndarray
+  first: np.ndarray
+  n_rows: int
+  n_tokens: int
+  n_slots: int
+
+  def past(self, keys_and_values: dict) -> sites.Pairs:
+    """Returns the past of a tap, behind keys and values of the prompt."""
+    sizes = self.n_rows, self.n_tokens, self.n_slots
+    return sites.Pairs(keys_and_values, self.row_p, self.token_p, self.first, *sizes)
 
 
-def _edits(saes, own, held, rows, values_b, layer, codes=()):
+def _hold_rows(x, tap, rows, values_r, layer, batch, code):
+  """Sets one cell of each row that holds one here; where a cell is a vector, multiplies it.
+
+  It is at its row and token in attention, else at its pair, see `sites.Pairs`.
+  """
+  mine_r = (rows.code == code) & (rows.layer == layer)
+  if tap.prefix.startswith('attn.'):
+    token = rows.token - batch.first
+    places = {HEAD: (rows.index, token, rows.source)}
+    cells = (jnp.arange(len(mine_r)), *places.get(code, (token, rows.index)))
+  else:
+    cells = (jnp.zeros_like(batch.cell_r), batch.cell_r, *(() if code in (ATTN, MLP) else (rows.index,)))
+  # Rows that hold nothing here point outside of the array, each at another place.
+  cells = [jnp.where(mine_r, cell, n + jnp.arange(len(mine_r))) for cell, n in zip(cells, x.shape, strict=False)]
+  at, values_r = x.at[*cells], values_r.astype(x.dtype)
+  if x.ndim > len(cells):
+    return at.multiply(values_r[:, None], mode='drop', unique_indices=True)
+  return at.set(values_r, mode='drop', unique_indices=True)
+
+
+def _edits(saes, own, held, rows, values_r, layer, batch, codes=()):
   """Returns the edits of a layer: the request's ablations, what rows hold, and SAEs, {name: number} in `own`."""
   found = interventions.layer_edits(held, layer, own)
   codes = dict(codes) | {f'{name}.latents': LATENT + number for name, number in own.items()}
   for name, code in codes.items():
-    found.append(sites.Edit(name, functools.partial(_hold_rows, code=code), (rows, values_b, layer)))
+    found.append(sites.Edit(name, functools.partial(_hold_rows, code=code), (rows, values_r, layer, batch)))
   return found + [sites.splice(name, sae, hold_error=False) for name, sae in saes.items()]
 
 
 @functools.partial(jax.jit, static_argnames=('n_head', 'numbers'))
-def _block(block, saes, x, past, start, held, shifts, question, rows, values_b, layer, n_head, numbers):
-  """Returns the stream [row, token, d] behind a layer, and what the objective may be read from there.
+def _block(block, saes, x, past, held, shifts, question, rows, values_r, batch, layer, n_head, numbers):
+  """Returns the stream [pair, d] behind a layer, and what the objective may be read from there, by row.
 
   Args:
     block: the layer.
     saes: {name within the layer: SAE}.
-    x: the stream before it and its derivative by the held values; None: the results have none either.
-    past: keys and values of the whole prompt, [slot, g, channel]; those from `start` on are computed anew.
-    start: the first token of the stream; tokens of `question` and `rows` are counted from it, sources from 0.
+    x: the stream before it, of the pairs of the layer before, and its derivative by the held values; None: the results
+      have none either.
+    past: keys and values of the whole prompt, [slot, g, channel].
     held, shifts: of the request.
     question: the objective.
     rows: what is held.
-    values_b: at which value.
+    values_r: at which value.
+    batch: what the layer computes.
     layer: its number.
     n_head: of the model.
     numbers: of the SAEs, among all.
   """
   own = dict(zip(saes, numbers, strict=True))
+  within = dataclasses.replace(question, token=question.token - batch.first)
 
-  def forward(x_btd, values_b):
-    edits = _edits(saes, own, held, rows, values_b, layer, CODES)
-    n_rows, (n_slots, *_) = len(x_btd), past['attn.k'].shape
-    known = {name: jnp.broadcast_to(x_sgc, (n_rows, *x_sgc.shape)) for name, x_sgc in past.items()}
+  def forward(x_pd, values_r):
+    edits = _edits(saes, own, held, rows, values_r, layer, batch, CODES)
     tap = sites.Tap(
       [*interventions.shift_edits(shifts, layer), *edits],
       capture=(*READ, *(f'{name}.input' for name in saes)),
-      past=sites.Past(known, jnp.full(n_rows, start), n_slots),
+      past=batch.past(past),
     )
-    out_btd = block(x_btd, tap)
-    acts = tap.acts | tap.keys_and_values
-    return out_btd, jax.vmap(lambda acts: objectives.picks(question, n_head, acts))(acts)
+    out_pd = block(x_pd[batch.from_p][None], tap)[0]
+    q_rthc = tap.to_rows(tap.acts['attn.q'])[1]
+    acts = tap.acts | tap.keys_and_values | {'attn.q': q_rthc}
+    of_rows = {name: x[batch.who_r] for name, x in acts.items() if name.startswith('attn.')}
+    of_pairs = {name: x[0] for name, x in acts.items() if not name.startswith('attn.')}
+    pick = lambda of_row, place: objectives.picks(within, n_head, of_row | of_pairs, place)
+    return out_pd, jax.vmap(pick)(of_rows, batch.read_r)
 
-  x_btd, slope_btd = x
-  if slope_btd is None:
-    out_btd, picked = forward(x_btd, values_b)
-    return (out_btd, None), (picked, None)
-  (out_btd, picked), slopes = jax.jvp(forward, (x_btd, values_b), (slope_btd, jnp.ones_like(values_b)))
-  return (out_btd, slopes[0]), (picked, slopes[1])
+  x_pd, slope_pd = x
+  if slope_pd is None:
+    out_pd, picked = forward(x_pd, values_r)
+    return (out_pd, None), (picked, None)
+  (out_pd, picked), slopes = jax.jvp(forward, (x_pd, values_r), (slope_pd, jnp.ones_like(values_r)))
+  return (out_pd, slopes[0]), (picked, slopes[1])
 
 
-@functools.partial(jax.jit, static_argnames=('n_tokens', 'numbers'))
-def _embeddings(x_sd, saes, start, held, question, rows, values_b, n_tokens, numbers):
-  """Returns the embedding of each row [row, token, d], and what the objective may read of it, and both derivatives.
+@functools.partial(jax.jit, static_argnames='numbers')
+def _embeddings(x_sd, saes, held, rows, values_r, batch, numbers):
+  """Returns the embedding of each pair [pair, d], and what the objective may read of it by row, and both derivatives.
 
   Args:
     x_sd: the embedding of the whole prompt, before the SAE there.
     saes, numbers: of the embedding: one or none, as for `_block`.
-    start, held, question, rows, values_b: as for `_block`.
-    n_tokens: of the stream, from `start` on.
+    held, rows, values_r, batch: as for `_block`.
   """
   own = dict(zip(saes, numbers, strict=True))
-  x_td = jax.lax.dynamic_slice_in_dim(x_sd, start, n_tokens)
 
-  def forward(values_b):
-    mine_bt = (rows.code == EMBEDDING)[:, None] & (rows.token[:, None] == jnp.arange(len(x_td)))
-    x_btd = jnp.where(mine_bt, values_b[:, None], 1)[..., None] * x_td
-    tap = sites.Tap(
-      _edits(saes, own, held, rows, values_b, -1),
-      capture=('resid.post_emb', 'resid.post_emb.input'),
-      past=sites.Past({}, jnp.full(len(values_b), start), len(x_sd)),
+  def forward(values_r):
+    n_rows = len(values_r)
+    mine_r, value_p = rows.code == EMBEDDING, jnp.ones(len(batch.row_p))
+    value_p = value_p.at[jnp.where(mine_r, batch.cell_r, len(value_p) + jnp.arange(n_rows))].set(
+      values_r, mode='drop', unique_indices=True
     )
-    x_btd = tap('resid.post_emb', x_btd, 'batch token d_model')
-    return x_btd, {name: x[:, question.token] for name, x in tap.acts.items()}
+    tap = sites.Tap(
+      _edits(saes, own, held, rows, values_r, -1, batch),
+      capture=('resid.post_emb', 'resid.post_emb.input'),
+      past=batch.past({}),
+    )
+    x_bpd = tap('resid.post_emb', (value_p[:, None] * x_sd[batch.token_p])[None], 'batch token d_model')
+    return x_bpd[0], {name: x[0, batch.read_r] for name, x in tap.acts.items()}
 
-  return jax.jvp(forward, (values_b,), (jnp.ones_like(values_b),))
+  return jax.jvp(forward, (values_r,), (jnp.ones_like(values_r),))
 
 
 @jax.jit
-def _objectives(model, saes, question, values, slopes):
-  """Returns the objective [row] and its derivative by the held values, None without slopes."""
+def _objectives(model, saes, question, places_rk, values, slopes):
+  """Returns the objective [row] and its derivative by the held values, None without slopes.
 
-  def forward(x_btd, embedding, layers):
-    z_bkd = model.ln_f(x_btd[:, question.positions_k], sites.Tap())
-    return jax.vmap(lambda *rows: objectives.finish(question, model, saes, *rows))(z_bkd, embedding, layers)
+  Args:
+    model, saes, question: of the request.
+    places_rk: the pairs at question.positions_k.
+    values: the stream [pair, d], and what was picked of the embedding and of each layer.
+    slopes: their derivatives.
+  """
+
+  def forward(x_pd, embedding, layers):
+    z_rkd = model.ln_f(x_pd[places_rk], sites.Tap())
+    return jax.vmap(lambda *rows: objectives.finish(question, model, saes, *rows))(z_rkd, embedding, layers)
 
   return (forward(*values), None) if slopes is None else jax.jvp(forward, values, slopes)
 
 
-@functools.partial(jax.jit, static_argnames='n')
-def _widened(tree, n):
-  """Returns arrays of n rows: those that are not there yet are as the first."""
-  return jax.tree.map(lambda x: x[np.where(np.arange(n) < len(x), np.arange(n), 0)], tree)
-
-
-def _size(n: int) -> int:
-  return next((size for size in SIZES if size >= n), n)
+def _size(n: int, sizes: Sequence[int]) -> int:
+  return next((size for size in sizes if size >= n), n)
 
 
 def held_objectives(
@@ -176,8 +224,7 @@ def held_objectives(
   prepared: engine.Prepared,
   run: effects.Run,
   rows: Rows,
-  values_b: np.ndarray,
-  n_tokens: int,
+  values_r: np.ndarray,
   with_slope: bool,
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """Returns the objective with each row's node held at its value, [row], and its derivative by the value.
@@ -189,86 +236,110 @@ def held_objectives(
     prepared: the request.
     run: of it; its embedding, and keys and values of earlier tokens, are read.
     rows: what is held, in the order of their layers; the first holds nothing.
-    values_b: at what.
-    n_tokens: how many of the last tokens of the prompt are computed: all that are held, or that the objective reads.
+    values_r: at what.
     with_slope: whether the derivative is wanted; else it is None.
   """
   model, question, saes, held = subject.model, prepared.question, prepared.saes, prepared.held
-  start = np.int32(max(0, prepared.n_tokens - n_tokens))
-  question = dataclasses.replace(
-    question, token=question.token - start, positions_k=np.maximum(question.positions_k - start, 0)
-  )
-  rows = dataclasses.replace(rows, token=np.maximum(rows.token - start, 0))
-  layers, n = rows.layer.tolist(), _size(len(rows.layer))
-  padded = lambda x, value=0: np.concatenate([x, np.full(n - len(x), value, x.dtype)])
-  values_b = padded(values_b.astype(np.float32))
-  rows = Rows(padded(rows.code, -1), *map(padded, (rows.layer, rows.token, rows.source, rows.index)))
-  first = lambda size: jax.tree.map(lambda x: x[:size], rows)
-  size = _size(bisect.bisect(layers, -1))
+  n_rows, n_slots, layers = _size(len(rows.layer), SIZES), prepared.tokens_bt.shape[1], rows.layer.tolist()
+  first_r = np.minimum(rows.token, _first_read(question))  # computed from there on
+  first_r[0] = first = first_r.min()
+  lengths_r = prepared.n_tokens - first_r
+  begins_r = np.cumsum(lengths_r) - lengths_r
+  row_p = np.repeat(np.arange(len(layers), dtype=np.int32), lengths_r)
+  token_p = np.arange(len(row_p), dtype=np.int32) - np.repeat(begins_r - first_r, lengths_r).astype(np.int32)
+  padded = lambda x, n, value=0: np.concatenate([x, np.full(n - len(x), value, x.dtype)])
+  rows = jax.tree.map(lambda x: padded(x, n_rows), dataclasses.replace(rows, code=padded(rows.code, n_rows, -1)))
+  n_attended = _attended(first, n_slots)
+
+  def batch(layer, n_before):
+    n_active = bisect.bisect(layers, layer)
+    n = int(lengths_r[:n_active].sum())
+    begins_of = begins_r - first_r  # a row's pair at a token is its sum with the token
+    begins_of = padded(np.where(np.arange(len(layers)) < n_active, begins_of, begins_of[0]), n_rows, begins_of[0])
+    place = lambda token_r: (begins_of + token_r).astype(np.int32)
+    from_p = np.where(np.arange(n) < n_before, np.arange(n), token_p[:n] - first).astype(np.int32)
+    size = _size(n, PAIRS)
+    found = Batch(
+      padded(row_p[:n], size, n_rows),
+      padded(token_p[:n], size),
+      padded(from_p, size),
+      place(np.maximum(rows.token, first)),
+      place(question.token),
+      np.where(np.arange(n_rows) < n_active, np.arange(n_rows), 0).astype(np.int32),
+      np.int32(n_slots - n_attended),
+      _size(n_active, SIZES),
+      n_attended,
+      n_slots,
+    )
+    return found, n
+
+  values_r = padded(values_r.astype(np.float32), n_rows)
   of_layer = lambda i: {name: site for site in saes for layer, name in [objectives.split_site(site)] if layer == i}
   numbers = lambda own: tuple(list(saes).index(site) for site in own.values())
   own = of_layer(None)
+  here, n = batch(-1, 0)
   (x, embedding), slopes = _embeddings(
     run.acts['resid.post_emb.input' if own else 'resid.post_emb'][0],
     {name: saes[name] for name in own},
-    start,
     held,
-    question,
-    first(size),
-    values_b[:size],
-    n_tokens,
+    rows,
+    values_r,
+    here,
     numbers(own),
   )
   x, embedding = (x, slopes[0] if with_slope else None), (embedding, slopes[1])
   found, anything = [], dataclasses.replace(question, n_read=0)  # layers are compiled once for all objectives
   for i, block in enumerate(model.h):
-    size = max(size, _size(bisect.bisect(layers, i)))
+    here, n = batch(i, n)
     own = of_layer(i)
     x, picked = _block(
       block,
       {name: saes[site] for name, site in own.items()},
-      _widened(x, size),
+      x,
       {name: run.acts[f'h.{i}.{name}'][0] for name in ('attn.k', 'attn.v')},
-      start,
       held,
       prepared.shifts,
       anything,
-      first(size),
-      values_b[:size],
+      rows,
+      values_r,
+      here,
       np.int32(i),
       model.config.n_head,
       numbers(own),
     )
     found.append(picked)
-  values = _widened((x[0], embedding[0], [layer[0] for layer in found]), n)
-  slopes = _widened((x[1], embedding[1], [layer[1] for layer in found]), n) if with_slope else None
-  return jax.device_get(_objectives(model, saes, question, values, slopes))
+  values = x[0], embedding[0], [layer[0] for layer in found]
+  slopes = (x[1], embedding[1], [layer[1] for layer in found]) if with_slope else None
+  places_rk = padded(begins_r - first_r, n_rows)[:, None] + question.positions_k
+  return jax.device_get(_objectives(model, saes, question, places_rk.astype(np.int32), values, slopes))
 
 
-def _cheapest(widths: Sequence[int], needed_n: np.ndarray, layer_n: np.ndarray, n_layer: int) -> tuple[int, ...]:
-  """Returns which widths batches should have: the last, and those before it that save more than they cost.
+def _first_read(question) -> int:
+  """Returns the first token that the objective is read from."""
+  return min(int(question.token), int(question.positions_k.min()))
 
-  It is an estimate, which leaves out that large batches are cut into lots.
+
+def _attended(first: int, n_slots: int) -> int:
+  """Returns how many of the last tokens attention computes, where they are computed from the first on."""
+  return _size(n_slots - first, [int(np.ceil(share * n_slots)) for share in SHARES])
+
+
+def _lots(first_n: np.ndarray, layer_n: np.ndarray, n_slots: int) -> list[np.ndarray]:
+  """Returns which nodes are measured together, in the order of their layers.
 
   Args:
-    widths: to choose from, in tokens, rising; the last holds all.
-    needed_n: how many of the last tokens each node needs.
+    first_n: the first token that each changes, or that is read.
     layer_n: its layer.
-    n_layer: of the model.
+    n_slots: tokens of the prompt, padded.
   """
-
-  def cost(chosen):
-    total, group_n = 0, np.searchsorted(chosen, needed_n)
-    for group, width in enumerate(chosen):
-      layers = np.sort(layer_n[group_n == group])
-      if len(layers):
-        n_rows = 1 + np.searchsorted(layers, np.arange(n_layer), 'right')
-        total += sum(width * _size(n) + LAYER_TOKENS for n in n_rows.tolist())
-    return total
-
-  *some, last = widths
-  subsets = itertools.chain.from_iterable(itertools.combinations(some, n) for n in range(len(some) + 1))
-  return min(((*subset, last) for subset in subsets), key=cost)
+  order, found = np.argsort(-first_n, kind='stable'), []
+  while len(order):
+    n_pairs_n = np.array([_attended(first, n_slots) for first in first_n[order]]) * n_slots  # rising
+    fits_n = (np.arange(len(order)) + 2) * n_pairs_n <= MAX_PAIRS  # with the prompt as it is
+    n = min(max(1, fits_n.sum()), SIZES[-1] - 1)
+    found.append(order[:n][np.argsort(layer_n[order[:n]], kind='stable')])
+    order = order[n:]
+  return found
 
 
 def measure(
@@ -292,27 +363,18 @@ def measure(
     progress: told the share of nodes that are done.
   """
   rows, n_slots = rows_of(nodes, tuple(prepared.saes)), prepared.tokens_bt.shape[1]
-  read = min(int(prepared.question.token), int(prepared.question.positions_k.min()))
-  needed_n = prepared.n_tokens - np.minimum(rows.token, read)  # the last tokens, that must be computed
-  widths = [int(np.ceil(share * n_slots)) for share in SHARES]
-  widths = _cheapest(widths, needed_n, rows.layer, subject.model.config.n_layer)
-  group_n = np.searchsorted(widths, needed_n)  # the least width that holds them
+  first_n = np.minimum(rows.token, _first_read(prepared.question))
   objective, found_n, slopes_n, n_done = np.nan, np.zeros(len(nodes)), np.zeros(len(nodes)), 0
-  nothing = Rows(*np.array([[-1], [-1], [0], [0], [0]], np.int32))
-  for group, width in enumerate(widths):
-    order = np.flatnonzero(group_n == group)
-    order = order[np.argsort(rows.layer[order], kind='stable')]
-    lot = min(SIZES[-1], max(2, MAX_PAIRS // (width * n_slots))) - 1
-    for begin in range(0, len(order), lot):
-      mine = order[begin : begin + lot]
-      lot_rows = jax.tree.map(lambda a, b, mine=mine: np.concatenate([a, b[mine]]), nothing, rows)
-      values_b = np.concatenate([[0], values_n[mine]])
-      found, slopes = held_objectives(subject, prepared, run, lot_rows, values_b, width, with_slope)
-      objective, found_n[mine] = float(found[0]), found[1 : len(mine) + 1]
-      if with_slope:
-        slopes_n[mine] = slopes[1 : len(mine) + 1]
-      n_done += len(mine)
-      progress(n_done / len(nodes), f'ablated {n_done} of {len(nodes)}')
+  nothing = Rows(*np.array([[-1], [-1], [prepared.n_tokens], [0], [0]], np.int32))
+  for mine in _lots(first_n, rows.layer, n_slots):
+    lot_rows = jax.tree.map(lambda a, b, mine=mine: np.concatenate([a, b[mine]]), nothing, rows)
+    values_r = np.concatenate([[0], values_n[mine]])
+    found, slopes = held_objectives(subject, prepared, run, lot_rows, values_r, with_slope)
+    objective, found_n[mine] = float(found[0]), found[1 : len(mine) + 1]
+    if with_slope:
+      slopes_n[mine] = slopes[1 : len(mine) + 1]
+    n_done += len(mine)
+    progress(n_done / len(nodes), f'ablated {n_done} of {len(nodes)}')
   return objective, found_n, slopes_n if with_slope else None
 
 
@@ -348,7 +410,7 @@ def audit(
   n_lots = 1 + request.steps
   told = lambda lot: lambda share, what: progress((lot + share) / n_lots, what)
   objective, zeroed_n, _ = measure(subject, prepared, run, nodes, np.zeros(len(nodes)), progress=told(0))
-  measured_n = objective - zeroed_n
+  measured_n = np.where(acts_n == 0, 0, objective - zeroed_n)  # what is off changes nothing, whatever rounding says
   integrated_n = np.zeros(len(nodes))
   points, weights = np.polynomial.legendre.leggauss(max(1, request.steps))
   for step in range(request.steps):

@@ -211,24 +211,27 @@ def value(question: Question, model, saes: dict, acts: dict) -> jax.Array:
   )
 
 
-def picks(question: Question, n_head: int, acts: dict) -> dict[str, jax.Array]:
+def picks(question: Question, n_head: int, acts: dict, place=None) -> dict[str, jax.Array]:
   """Returns what the objective may be read from in a layer.
 
   Args:
     question: the objective.
     n_head: of the model.
     acts: of the layer, without the batch, by names as 'attn.q'; inputs of SAEs among them.
+    place: of question.token in what is outside of attention; None: the same as in attention.
   """
   t, s, i = question.token, question.source, question.index
+  p = t if place is None else place
   group = i // (n_head // acts['attn.k'].shape[1])
   found = {
     'attn.q': acts['attn.q'][t, i],
     'attn.k': acts['attn.k'][s, group],
     'attn.v': acts['attn.v'][s, group],
     'attn.qk_probs': acts['attn.qk_probs'][i, t, s],
-    'mlp.pre_act': acts['mlp.pre_act'][t, i],
+    'mlp.pre_act': acts['mlp.pre_act'][p, i],
   }
-  return found | {name: x[t] for name, x in acts.items() if name.startswith('resid.post') or name.endswith('.input')}
+  read = [name for name in acts if name.startswith('resid.post') or name.endswith('.input')]
+  return found | {name: acts[name][t if name.startswith('attn.') else p] for name in read}
 
 
 def finish(question: Question, model, saes: dict, z_kd: jax.Array, embedding: dict, layers: list[dict]) -> jax.Array:

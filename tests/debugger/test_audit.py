@@ -49,6 +49,7 @@ def batches():
   """Batches of one size that read the last 4 tokens or all, so that less is compiled."""
   with pytest.MonkeyPatch.context() as patched:
     patched.setattr(audit, 'SIZES', (32,))
+    patched.setattr(audit, 'PAIRS', (512,))
     patched.setattr(audit, 'SHARES', (1 / 4, 1))
     yield
 
@@ -213,6 +214,7 @@ def test_lots_and_batches_that_grow_change_nothing(monkeypatch):
   request = schema.AuditRequest(request=whole.request.request, n=14, steps=0)
   monkeypatch.setattr(audit, 'SHARES', (1,))
   monkeypatch.setattr(audit, 'SIZES', (4, 32))
+  monkeypatch.setattr(audit, 'PAIRS', (16, 40, 512))
   grown = audit.audit(subject, request)
   monkeypatch.setattr(audit, 'MAX_PAIRS', 4 * 16**2)  # the run itself and three nodes
   shares = []
@@ -225,19 +227,6 @@ def test_lots_and_batches_that_grow_change_nothing(monkeypatch):
   assert [what for _, what in shares] == [f'ablated {min(i + 3, n)} of {n}' for i in range(0, n, 3)]
   assert shares[-1][0] == 1
   assert shares == sorted(shares)
-
-
-@pytest.mark.parametrize(
-  ('needed', 'layers', 'expected'),
-  [
-    ([1] * 20, range(20), (2, 16)),  # all at the last token: nothing is left for the whole prompt
-    ([16] * 20, range(20), (16,)),
-    ([1, 3, 16], [0, 1, 2], (16,)),  # three batches would read all matrices three times
-    ([8] * 31 + [16] * 31, [0] * 62, (8, 16)),
-  ],
-)
-def test_batches_are_as_wide_as_their_nodes_need_where_that_saves_anything(needed, layers, expected):
-  assert audit._cheapest((2, 4, 8, 16), np.array(needed), np.array([*layers]), 20) == expected
 
 
 def test_other_nodes_prompts_and_questions_compile_nothing(subject, monkeypatch):

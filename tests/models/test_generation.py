@@ -50,7 +50,8 @@ def edits_of(model, kind):
     ]
   if kind == 'pattern':  # a row of attention weights for each query and source
     return [
-      sites.patch('h.1.attn.qk_probs', jnp.asarray(rng.random((h, N_SLOTS, N_SLOTS)) * np.tri(N_SLOTS), jnp.float32))
+      sites.patch('h.1.attn.qk_probs', jnp.asarray(rng.random((h, N_SLOTS, N_SLOTS)) * np.tri(N_SLOTS), jnp.float32)),
+      sites.ablate('h.2.attn.qk_probs', jnp.asarray(rng.random((N_SLOTS, N_SLOTS)) < 0.3)),
     ]
   dictionary = sae.init_sae(jax.random.key(0), normal(64, d), 64, 4)
   latents = 'h.1.resid.post_mlp.latents'

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,6 +198,50 @@ def test_sharded_equals_one_device(name):
       return jax.device_get(found)
 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(1, 1), run(2, 2))
+
+
+@pytest.mark.parametrize(('name', 'mesh'), [('odd_gpt2', (1, 1)), ('llama', (1, 1)), ('odd_llama', (2, 2))])
+def test_pairs_of_rows_and_tokens_are_what_whole_rows_are(name, mesh):
+  """Rows of one text from some token on, in any order, behind keys and values of another row; with edits by token."""
+  with jax.set_mesh(sharding.make_mesh(*mesh)):
+    model, rng = families.build(name), np.random.default_rng(7)
+    _assert_pairs_are_rows(model, rng)
+
+
+def _assert_pairs_are_rows(model, rng):
+  tokens_rt = rng.integers(53, size=(4, 9)).astype(np.int32)
+  firsts_r, rows = [0, 6, 3, 8], range(4)
+  for row in rows:
+    tokens_rt[row, : firsts_r[row]] = tokens_rt[0, : firsts_r[row]]
+  mask_t1 = np.arange(9)[:, None] % 3 == 0
+  config = model.config
+  edits = [
+    sites.patch('*mlp.post_act', 0.3, mask_t1 & (np.arange(config.n_neurons) < 5)),
+    sites.patch('*attn.v_out', 0.2, mask_t1[..., None] & (np.arange(config.n_head) == 1)[:, None]),
+    sites.steer('*attn.k', rng.normal(size=(9, 1, 1)).astype('f'), np.ones((9, 1, 1), bool)),
+    sites.ablate('*attn.qk_probs', mask_t1 & (np.arange(9) == 2)),
+  ]
+  capture = ('h.*.attn.k', 'h.*.attn.v', 'h.*.attn.qk_probs', 'h.*.mlp.post_act', 'h.*.resid.post_mlp')
+  _, acts = sites.forward(model, tokens_rt, edits, capture=(*capture, 'resid.post_emb'))
+  found = [(row, token) for row in rows for token in range(firsts_r[row], 9)]
+  row_p, token_p = np.array([*rng.permutation(found), (4, 5)], np.int32).T  # the last is padding
+  edits = [dataclasses.replace(edit, site=edit.site.removeprefix('*')) for edit in edits]
+
+  @jax.jit
+  def block(block, x_bpd, known):
+    past = sites.Pairs(known, row_p, token_p, jnp.int32(0), 4, 9, 9)
+    tap = sites.Tap(edits, capture=tuple(site.removeprefix('h.*.') for site in capture), past=past)
+    return block(x_bpd, tap), tap.acts
+
+  x_bpd = acts['resid.post_emb'][jnp.minimum(row_p, 3), token_p][None]
+  for i, layer in enumerate(model.h):
+    known = {f'attn.{name}': acts[f'h.{i}.attn.{name}'][0] for name in 'kv'}
+    x_bpd, mine = block(layer, x_bpd, known)
+    for name in ('mlp.post_act', 'resid.post_mlp'):
+      expected = acts[f'h.{i}.{name}'][row_p[:-1], token_p[:-1]]
+      np.testing.assert_allclose(mine[name][0, :-1], expected, rtol=1e-4, atol=2e-5)
+    probs = [np.asarray(x)[row_p[:-1], :, token_p[:-1]] for x in (mine['attn.qk_probs'], acts[f'h.{i}.attn.qk_probs'])]
+    np.testing.assert_allclose(*probs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
