@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models import sharding
+from models import products, sharding
 from models.sites import Tap
 
 INIT_STD = 0.02
-FEW_ROWS = 16  # up to as many are laid out by column, see `by_column`
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD, out_sharding: tuple = ()) -> nnx.Param:
@@ -30,19 +29,6 @@ class Embedding(nnx.Module):
     self.embedding = normal(rngs, (n, d_model))
 
 
-def by_column(x: jax.Array) -> jax.Array:
-  """Returns x [..., i] laid out by column where it has few rows and `model` cuts nothing, and its gradient so too.
-
-  On a CPU, 16 rows times a matrix that is too large for the caches take 4/5 of the time like this, and times its
-  transpose, as gradients are, half; with 32 rows it no longer pays. Without the barrier XLA would turn it around again.
-  In bfloat16 XLA has no such product on a CPU.
-  """
-  n_rows = math.prod(x.shape[:-1])
-  if n_rows > FEW_ROWS or x.dtype != jnp.float32 or sharding.is_cut('model'):
-    return x
-  return jax.lax.optimization_barrier(x.reshape(n_rows, x.shape[-1]).T).T.reshape(x.shape)
-
-
 class Linear(nnx.Module):
   """A kernel of n_in input axes and, where wanted, a bias of the others; the caller writes the einsum.
 
@@ -53,6 +39,7 @@ class Linear(nnx.Module):
     self.n_in = n_in
     self.kernel = normal(rngs, shape, std, out_sharding)
     self.bias = nnx.Param(jnp.zeros(shape[n_in:]), out_sharding=out_sharding[n_in:]) if bias else None
+    self.transposed = None  # see `with_transposed`
 
   def __call__(self, subscripts: str, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...]
@@ -60,9 +47,9 @@ class Linear(nnx.Module):
       y = jnp.einsum(subscripts, x, kernel, preferred_element_type=jnp.float32)
     else:  # as one matrix: for the gradient of a product over several axes XLA copies the kernel, transposed
       lead, shape = x.shape[: x.ndim - self.n_in], kernel.shape
+      transposed = None if self.transposed is None else self.transposed[...]
       matrix = kernel.reshape(math.prod(shape[: self.n_in]), -1)
-      y = jnp.matmul(by_column(x.reshape(*lead, -1)), matrix, preferred_element_type=jnp.float32)
-      y = y.reshape(*lead, *shape[self.n_in :])
+      y = products.multiply(x.reshape(*lead, -1), matrix, transposed).reshape(*lead, *shape[self.n_in :])
     if self.bias is not None:
       y += self.bias[...]
     return y.astype(x.dtype)
@@ -76,8 +63,18 @@ class Linear(nnx.Module):
       axes = tuple(range(-outputs, 0))
       return jnp.tensordot(y, kernel, (axes, axes), preferred_element_type=jnp.float32)
     matrix = kernel.reshape(math.prod(shape[: self.n_in]), -1)
-    x = by_column(jnp.matmul(y.reshape(*lead, -1), matrix.T, preferred_element_type=jnp.float32))
-    return x.reshape(*lead, *shape[: self.n_in])
+    return products.read(y.reshape(*lead, -1), matrix).reshape(*lead, *shape[: self.n_in])
+
+
+def with_transposed(model):
+  """Returns the model with each kernel a second time, transposed: on a CPU, passes of few tokens are faster with it."""
+  found = jax.tree.map(lambda x: x, model)
+  for _, module in nnx.iter_modules(found):
+    if isinstance(module, Linear):
+      kernel = module.kernel[...]
+      matrix = kernel.reshape(math.prod(kernel.shape[: module.n_in]), -1)
+      module.transposed = nnx.data(nnx.Variable(matrix.T))
+  return found
 
 
 def attend(q_bthc: jax.Array, k_btgc: jax.Array, v_btgc: jax.Array, tap: Tap) -> jax.Array:

@@ -21,7 +21,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from models import activation_functions, layers, sharding
+from models import activation_functions, products, sharding
 from models.activation_functions import TopK
 
 NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', 'constant')
@@ -116,7 +116,7 @@ class SparseAutoencoder(nnx.Module):
 
   def linear(self, normed: jax.Array) -> jax.Array:
     """Returns the encoder's products [..., l] with a normalised input [..., d], without the latent bias."""
-    return layers.by_column(jnp.einsum('...d,ld->...l', normed - self.pre_bias[...], self.encoder[...]))
+    return products.read(normed - self.pre_bias[...], self.encoder[...])
 
   def preacts(self, normed: jax.Array) -> jax.Array:
     """Returns the pre-activations [..., l] of a normalised input [..., d]."""
@@ -141,7 +141,7 @@ class SparseAutoencoder(nnx.Module):
 
   def read(self, y: jax.Array, norm: InputNorm) -> jax.Array:
     """Returns what each latent [..., l] has, by unit, of a direction y [..., d] of the reconstruction."""
-    return layers.by_column(jnp.einsum('...d,ld->...l', y * norm.scale, self.decoder[...]))
+    return products.read(y * norm.scale, self.decoder[...])
 
   def written_along(self, latents_bl: jax.Array, norm: InputNorm, y_nbd: jax.Array) -> jax.Array:
     """Returns how much of each of n directions y [n, b, d] each latent writes, [n, b, l]: `latents_bl` times `read`."""
@@ -188,9 +188,8 @@ def _combine(latents, decoder_ld):
 def _combine_jvp(primals, tangents):
   """What does not change takes no part: its zeros would be multiplied all the same."""
   is_zero = [isinstance(tangent, jax.custom_derivatives.SymbolicZero) for tangent in tangents]
-  product = lambda latents, decoder_ld: jnp.einsum('...l,ld->...d', layers.by_column(latents), decoder_ld)
-  terms = [] if is_zero[0] else [product(tangents[0], primals[1])]
-  terms += [] if is_zero[1] else [product(primals[0], tangents[1])]
+  terms = [] if is_zero[0] else [products.multiply(tangents[0], primals[1])]
+  terms += [] if is_zero[1] else [products.multiply(primals[0], tangents[1])]
   return _combine(*primals), sum(terms)
 
 

@@ -19,8 +19,7 @@ from jax_interp.debugger.subject import Subject
 from models import sites
 
 SIZES = (16, 32, 64)  # rows in attention, so that few are compiled
-PAIRS = (64, 96, 128, 192, 256, 384, 512, 768)  # the same of pairs
-PAIRS += tuple(step << power for power in range(8, 20) for step in (4, 5, 6, 7))
+PAIRS = (64, 96, 128, 192, *(step << power for power in range(6, 20) for step in (4, 5, 6, 7)))  # the same of pairs
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the prompt's tokens that attention computes, so that few are compiled
 MAX_PAIRS = SIZES[-1] * 256**2  # token pairs in memory together
 LISTED = ('embedding', 'head', 'neuron', 'latent')  # kinds of the nodes of the largest estimates

@@ -511,7 +511,9 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   n_head, n_tokens, _ = probs_hts.shape
   v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
   norm = lambda x_thc: jnp.linalg.norm(jnp.einsum('thc,hce->hte', x_thc.astype(jnp.float32), sizes[0]), axis=-1)
-  reads_thc = _read(kernels['attn'], run.grad_td, reach['attn'])
+  # What does not reach the stream is no concern, and nothing is read of a kernel for it, see `products.read`.
+  reaching = lambda part: jnp.where(reach[part][:, None], run.grad_td, 0)
+  reads_thc = kernels['attn'].read(reaching('attn'))
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
   causal_ts = kept_t[:, None] & (jnp.arange(n_tokens)[:, None] >= jnp.arange(n_tokens))
   total_hts = jnp.where(causal_ts, probs_hts * grads['qk_probs'], 0)
@@ -525,7 +527,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   total_tn = post_act_tn * grads['post_act'] * kept_t[:, None]
   neurons_direct = jnp.zeros(())
   if with_neurons:
-    direct_tn = post_act_tn * _read(kernels['mlp'], run.grad_td, reach['mlp']) * (reach['mlp'] & kept_t)[:, None]
+    direct_tn = post_act_tn * kernels['mlp'].read(reaching('mlp')) * (reach['mlp'] & kept_t)[:, None]
     neurons = _extremes((post_act_tn * sizes[1], total_tn, direct_tn, post_act_tn), kept_t[:, None], k)
     neurons_direct = direct_tn.sum()
   parts, held = [], []
@@ -545,19 +547,6 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
     neurons_direct,
     jnp.stack([by_head_ht.sum(0), total_hts.sum((0, 1)), total_tn.sum(1)]),
   )
-
-
-def _read(linear, grad_td, reach_t) -> Array:
-  """Returns `linear.read` of a gradient; where a token does not reach the stream, anything.
-
-  Where none does, the matrix is not read; where one alone has a gradient, as for most objectives, it is read for that
-  one, on a CPU in half the time.
-  """
-  shape = jax.eval_shape(linear.read, grad_td)
-  nothing = lambda _: jnp.zeros(shape.shape, shape.dtype)
-  live_t = reach_t & (grad_td != 0).any(-1)
-  one = lambda grad_td: nothing(grad_td).at[live_t.argmax()].set(linear.read(grad_td[live_t.argmax()]))
-  return jax.lax.switch(jnp.minimum(live_t.sum(), 2), [nothing, one, linear.read], grad_td)
 
 
 def _summed(x_td, grad_td, run, kept_t, live_t, reach_t) -> Array:
@@ -731,14 +720,15 @@ def _merge(extremes, k, columns) -> dict[tuple[int, tuple[int, ...]], np.ndarray
     return found
   indices = np.stack([indices for _, (indices, _), _ in extremes])  # [layer, column, 2, lot]
   values = np.stack([values for _, (_, values), _ in extremes])  # [layer, of, column, 2, lot]
+  shapes = np.array([shape for *_, shape in extremes])
   for column in columns:
     for end, sign in enumerate((1, -1)):
       signed = sign * values[:, column, column, end]
-      order = _above_zero(signed.reshape(-1), k)
-      for where, place in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
-        number, _, shape = extremes[where]
-        index = tuple(int(i) for i in _unravel(indices[where, column, end, place], shape))
-        found.setdefault((number, index), values[where, :, column, end, place])
+      where, place = np.unravel_index(_above_zero(signed.reshape(-1), k)[::sign], signed.shape)
+      cells = zip(*_unravel(indices[where, column, end, place], shapes[where]), strict=True)
+      numbers = [extremes[i][0] for i in where]
+      for key, row in zip(zip(numbers, cells, strict=True), values[where, :, column, end, place], strict=True):
+        found.setdefault(key, row)
   return found
 
 
@@ -750,9 +740,13 @@ def _above_zero(x: np.ndarray, k: int) -> np.ndarray:
   return near[np.argsort(-x[near], kind='stable')[:k]]
 
 
-def _unravel(flat, shape):
-  """Returns an index into an array whose first axis is as long as needed where its size is given as 0."""
-  return np.unravel_index(flat, shape) if shape[0] else divmod(flat, shape[1])
+def _unravel(flat_n: np.ndarray, shapes: np.ndarray) -> list[list[int]]:
+  """Returns the indices [axis][n] of flat ones into arrays of shapes [n, axis]; the first axis may be of any length."""
+  found = []
+  for sizes_n in shapes.T[:0:-1]:
+    flat_n, index_n = np.divmod(flat_n, sizes_n)
+    found.insert(0, index_n.tolist())
+  return [flat_n.tolist(), *found]
 
 
 def _rank(kind: str, rows: dict, k: int, n_tokens: int, columns: Sequence[int]) -> dict[tuple, np.ndarray]:
@@ -768,9 +762,9 @@ def _rank(kind: str, rows: dict, k: int, n_tokens: int, columns: Sequence[int]) 
       continue
     for sign in (1, -1):
       signed = sign * values[:, column]
-      order = _above_zero(signed.reshape(-1), k)
-      for row, token in zip(*np.unravel_index(order[::sign], signed.shape), strict=True):
-        found.setdefault((*keys[row], int(token)), whole[row, :, token])
+      rows, tokens = np.unravel_index(_above_zero(signed.reshape(-1), k)[::sign], signed.shape)
+      for row, token, cells in zip(rows.tolist(), tokens.tolist(), whole[rows, :, tokens], strict=True):
+        found.setdefault((*keys[row], token), cells)
   return found
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_interp.debugger import effects, interventions, lens, objectives, schema
 from jax_interp.debugger.subject import LENGTHS, Subject, check_index, check_sae
-from models import sites
+from models import products, sites
 
 Progress = Callable[[float, str], None]  # told the share that is done and what is being done; may raise to stop
 
@@ -103,7 +103,7 @@ def _unasked(subject, saes, tokens, n_prompt, held) -> Prepared:
   tokens_bt, attn = subject.pad(tokens), subject.model.h[0].attn
   n_head, d_head, _ = attn.c_proj.kernel.shape
   shape = lambda n: (interventions.N_SHIFTS, tokens_bt.shape[1], n, d_head)
-  deltas = {name: np.zeros(shape(n_head if name == 'q' else attn.n_kv_head), np.float32) for name in 'qkv'}
+  deltas = {name: interventions.zeros(shape(n_head if name == 'q' else attn.n_kv_head)) for name in 'qkv'}
   shifts = interventions.Shifts(np.full(interventions.N_SHIFTS, -1, np.int32), deltas)
   return Prepared(tokens, n_prompt, tokens_bt, saes, held, shifts, None)
 
@@ -130,7 +130,8 @@ def _asked(subject: Subject, prepared: Prepared, objective) -> Prepared:
 def run(subject: Subject, prepared: Prepared) -> effects.Run:
   """Returns the run of a request."""
   p = prepared
-  return effects.run(subject.model, p.saes, p.tokens_bt, p.held, p.shifts, p.question, np.int32(p.n_tokens))
+  model = subject.quick_model if p.tokens_bt.size <= products.FEW_ROWS else subject.model
+  return effects.run(model, p.saes, p.tokens_bt, p.held, p.shifts, p.question, np.int32(p.n_tokens))
 
 
 def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.EdgeAblation]) -> interventions.Shifts:
@@ -140,7 +141,9 @@ def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.Edg
     ValueError: there is no such head or node, or it is not upstream of the head.
   """
   config, n_kv = subject.model.config, subject.model.h[0].attn.n_kv_head
-  layers, deltas = prepared.shifts.layers, prepared.shifts.deltas
+  if not ablations:
+    return prepared.shifts
+  layers, deltas = prepared.shifts.layers, {name: np.array(x) for name, x in prepared.shifts.deltas.items()}
   for ablation in ablations:
     _check_edge(subject, ablation)
   for slot, layer in enumerate(sorted({ablation.layer for ablation in ablations})):

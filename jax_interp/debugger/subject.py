@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.debugger import schema
+from models import layers, sharding
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # prompts are padded to one of these: few compilations
+MAX_COPIED = 2**30  # bytes of kernels that are kept twice
 ACTIVATIONS = ('topk', 'relu', 'jumprelu')  # whose latents are pre-activations, or 0
 SAE_SITES = ('attn.v_out', 'resid.delta_attn', 'resid.post_attn', 'mlp.post_act', 'resid.delta_mlp', 'resid.post_mlp')
 
@@ -117,6 +120,13 @@ class Subject:
   def write_sizes(self) -> WriteSizes:
     """How large writes are, of all layers and SAEs; computed when first asked for."""
     return _write_sizes(self.model, dict(self.saes))
+
+  @functools.cached_property
+  def quick_model(self):
+    """The model for runs of few tokens: on a CPU, where memory allows, with kernels a second time."""
+    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.model.h)]
+    on_cpu = jax.sharding.get_mesh().devices.flat[0].platform == 'cpu' and not sharding.is_cut('model')
+    return layers.with_transposed(self.model) if on_cpu and sum(sizes) <= MAX_COPIED else self.model
 
   def encode(self, prompt: str) -> list[int]:
     """Returns the tokens of a prompt; special tokens are read as such.
