@@ -130,8 +130,7 @@ def _block(block, saes, x, past, held, shifts, question, rows, values_r, batch, 
   Args:
     block: the layer.
     saes: {name within the layer: SAE}.
-    x: the stream before it, of the pairs of the layer before, and its derivative by the held values; None: the results
-      have none either.
+    x: the stream before it and its derivative by the held values; None: the results have none either.
     past: keys and values of the whole prompt, [slot, g, channel].
     held, shifts: of the request.
     question: the objective.
@@ -152,7 +151,7 @@ def _block(block, saes, x, past, held, shifts, question, rows, values_r, batch, 
       capture=(*READ, *(f'{name}.input' for name in saes)),
       past=batch.past(past),
     )
-    out_pd = block(x_pd[batch.from_p][None], tap)[0]
+    out_pd = block(x_pd[None], tap)[0]
     q_rthc = tap.to_rows(tap.acts['attn.q'])[1]
     acts = tap.acts | tap.keys_and_values | {'attn.q': q_rthc}
     of_rows = {name: x[batch.who_r] for name, x in acts.items() if name.startswith('attn.')}
@@ -197,25 +196,71 @@ def _embeddings(x_sd, saes, held, rows, values_r, batch, numbers):
 
 
 @jax.jit
-def _objectives(model, saes, question, places_rk, values, slopes):
+def _objectives(model, saes, question, values, slopes):
   """Returns the objective [row] and its derivative by the held values, None without slopes.
 
   Args:
     model, saes, question: of the request.
-    places_rk: the pairs at question.positions_k.
-    values: the stream [pair, d], and what was picked of the embedding and of each layer.
+    values: the stream [row, k, d] at question.positions_k, and what was picked of the embedding and of each layer.
     slopes: their derivatives.
   """
 
-  def forward(x_pd, embedding, layers):
-    z_rkd = model.ln_f(x_pd[places_rk], sites.Tap())
+  def forward(x_rkd, embedding, layers):
+    z_rkd = model.ln_f(x_rkd, sites.Tap())
     return jax.vmap(lambda *rows: objectives.finish(question, model, saes, *rows))(z_rkd, embedding, layers)
 
   return (forward(*values), None) if slopes is None else jax.jvp(forward, values, slopes)
 
 
+@jax.jit
+def _taken(tree, places):
+  """Returns arrays at other places; apart from what takes them, which is compiled for one size alone."""
+  return jax.tree.map(lambda x: x[places], tree)
+
+
 def _size(n: int, sizes: Sequence[int]) -> int:
   return next((size for size in sizes if size >= n), n)
+
+
+def _padded(x: np.ndarray, n: int, value=0) -> np.ndarray:
+  return np.concatenate([x, np.full(n - len(x), value, x.dtype)])
+
+
+def _batches(rows: Rows, question, prepared: engine.Prepared, n_layer: int) -> tuple[list[Batch], np.ndarray]:
+  """Returns what the embedding and each layer compute, and the last one's pairs [row, k] at question.positions_k.
+
+  Pairs are in the order of rows, those of a row in the order of tokens, so that a layer's are the first of the next's.
+  """
+  n_rows, n_slots, layers = _size(len(rows.layer), SIZES), prepared.tokens_bt.shape[1], rows.layer.tolist()
+  first_r = np.minimum(rows.token, _first_read(question))  # computed from there on
+  first_r[0] = first = first_r.min()
+  lengths_r = prepared.n_tokens - first_r
+  shift_r = np.cumsum(lengths_r) - lengths_r - first_r  # the pair of a row at a token is their sum
+  row_p = np.repeat(np.arange(len(layers)), lengths_r).astype(np.int32)
+  token_p = (np.arange(len(row_p)) - shift_r[row_p]).astype(np.int32)
+  n_attended, n_before, found = _attended(first, n_slots), 0, []
+  for layer in range(-1, n_layer):
+    n_active = bisect.bisect(layers, layer)
+    n = int(lengths_r[:n_active].sum())
+    who_r = np.where(np.arange(n_rows) < n_active, np.arange(n_rows), 0).astype(np.int32)
+    place = lambda token_r, who_r=who_r: (shift_r[who_r] + token_r).astype(np.int32)
+    from_p = np.where(np.arange(n) < n_before, np.arange(n), shift_r[0] + token_p[:n]).astype(np.int32)
+    size, n_before = _size(n, PAIRS), n
+    batch = Batch(
+      _padded(row_p[:n], size, n_rows),
+      _padded(token_p[:n], size),
+      _padded(from_p, size),
+      place(np.maximum(_padded(rows.token, n_rows), first)),
+      place(question.token),
+      who_r,
+      np.int32(n_slots - n_attended),
+      _size(n_active, SIZES),
+      n_attended,
+      n_slots,
+    )
+    found.append(batch)
+  places_rk = _padded(shift_r, n_rows, shift_r[0])[:, None] + question.positions_k
+  return found, places_rk.astype(np.int32)
 
 
 def held_objectives(
@@ -239,78 +284,46 @@ def held_objectives(
     with_slope: whether the derivative is wanted; else it is None.
   """
   model, question, saes, held = subject.model, prepared.question, prepared.saes, prepared.held
-  n_rows, n_slots, layers = _size(len(rows.layer), SIZES), prepared.tokens_bt.shape[1], rows.layer.tolist()
-  first_r = np.minimum(rows.token, _first_read(question))  # computed from there on
-  first_r[0] = first = first_r.min()
-  lengths_r = prepared.n_tokens - first_r
-  begins_r = np.cumsum(lengths_r) - lengths_r
-  row_p = np.repeat(np.arange(len(layers), dtype=np.int32), lengths_r)
-  token_p = np.arange(len(row_p), dtype=np.int32) - np.repeat(begins_r - first_r, lengths_r).astype(np.int32)
-  padded = lambda x, n, value=0: np.concatenate([x, np.full(n - len(x), value, x.dtype)])
-  rows = jax.tree.map(lambda x: padded(x, n_rows), dataclasses.replace(rows, code=padded(rows.code, n_rows, -1)))
-  n_attended = _attended(first, n_slots)
-
-  def batch(layer, n_before):
-    n_active = bisect.bisect(layers, layer)
-    n = int(lengths_r[:n_active].sum())
-    begins_of = begins_r - first_r  # a row's pair at a token is its sum with the token
-    begins_of = padded(np.where(np.arange(len(layers)) < n_active, begins_of, begins_of[0]), n_rows, begins_of[0])
-    place = lambda token_r: (begins_of + token_r).astype(np.int32)
-    from_p = np.where(np.arange(n) < n_before, np.arange(n), token_p[:n] - first).astype(np.int32)
-    size = _size(n, PAIRS)
-    found = Batch(
-      padded(row_p[:n], size, n_rows),
-      padded(token_p[:n], size),
-      padded(from_p, size),
-      place(np.maximum(rows.token, first)),
-      place(question.token),
-      np.where(np.arange(n_rows) < n_active, np.arange(n_rows), 0).astype(np.int32),
-      np.int32(n_slots - n_attended),
-      _size(n_active, SIZES),
-      n_attended,
-      n_slots,
-    )
-    return found, n
-
-  values_r = padded(values_r.astype(np.float32), n_rows)
+  batches, places_rk = _batches(rows, question, prepared, model.config.n_layer)
+  n_rows = len(places_rk)
+  rows = jax.tree.map(lambda x: _padded(x, n_rows), dataclasses.replace(rows, code=_padded(rows.code, n_rows, -1)))
+  values_r = _padded(values_r.astype(np.float32), n_rows)
   of_layer = lambda i: {name: site for site in saes for layer, name in [objectives.split_site(site)] if layer == i}
   numbers = lambda own: tuple(list(saes).index(site) for site in own.values())
   own = of_layer(None)
-  here, n = batch(-1, 0)
   (x, embedding), slopes = _embeddings(
     run.acts['resid.post_emb.input' if own else 'resid.post_emb'][0],
     {name: saes[name] for name in own},
     held,
     rows,
     values_r,
-    here,
+    batches[0],
     numbers(own),
   )
   x, embedding = (x, slopes[0] if with_slope else None), (embedding, slopes[1])
   found, anything = [], dataclasses.replace(question, n_read=0)  # layers are compiled once for all objectives
-  for i, block in enumerate(model.h):
-    here, n = batch(i, n)
+  for i, (block, batch) in enumerate(zip(model.h, batches[1:], strict=True)):
     own = of_layer(i)
     x, picked = _block(
       block,
       {name: saes[site] for name, site in own.items()},
-      x,
+      _taken(x, batch.from_p),
       {name: run.acts[f'h.{i}.{name}'][0] for name in ('attn.k', 'attn.v')},
       held,
       prepared.shifts,
       anything,
       rows,
       values_r,
-      here,
+      batch,
       np.int32(i),
       model.config.n_head,
       numbers(own),
     )
     found.append(picked)
+  x = _taken(x, places_rk)
   values = x[0], embedding[0], [layer[0] for layer in found]
   slopes = (x[1], embedding[1], [layer[1] for layer in found]) if with_slope else None
-  places_rk = padded(begins_r - first_r, n_rows)[:, None] + question.positions_k
-  return jax.device_get(_objectives(model, saes, question, places_rk.astype(np.int32), values, slopes))
+  return jax.device_get(_objectives(model, saes, question, values, slopes))
 
 
 def _first_read(question) -> int:
