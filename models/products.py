@@ -5,9 +5,11 @@ all tokens behind the node that is traced, in the last layer at all but one, and
 product with a gradient that is zero reads no kernel, and one with a single row that is not reads it in half the time.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from models import sharding
@@ -34,10 +36,10 @@ def _read(y, kernel):
 
 
 def _of_live_rows(product, axis):
-  """Returns the product, of rows that may be zero; the axis is that of the kernel that rows become as long as."""
+  """Returns the product for rows that may be zero; the kernel's axis is as long as the rows of the product."""
 
   def of_live_rows(y, kernel):
-    if len(y) > CHECKED_ROWS:
+    if not 0 < len(y) <= CHECKED_ROWS:
       return product(y, kernel)
     live = (y != 0).any(-1)
     row = live.argmax()
@@ -49,8 +51,8 @@ def _of_live_rows(product, axis):
 
 
 def _primitive(name, product, axis, on_cpu):
-  """Returns a bilinear primitive of rows and a kernel; the axis is that of the kernel that rows become as long as."""
-  primitive = Primitive(name)
+  """Returns a bilinear primitive of rows and a kernel; the kernel's axis is as long as the rows of the product."""
+  primitive = core.Primitive(name)
   primitive.def_impl(jax.jit(primitive.bind))
   primitive.def_abstract_eval(lambda x, kernel: x.update(shape=(x.shape[0], kernel.shape[axis]), weak_type=False))
   mlir.register_lowering(primitive, mlir.lower_fun(product, multiple_results=False))
@@ -62,8 +64,8 @@ def _primitive(name, product, axis, on_cpu):
 _multiply_p = _primitive('multiply', _multiply, 1, _multiply)
 _multiply_back_p = _primitive('multiply_back', _multiply, 1, _of_live_rows(_multiply, 1))
 _read_p = _primitive('read', _read, 0, _of_live_rows(_read, 0))
-for _p, _back in ((_multiply_p, _read_p), (_multiply_back_p, _read_p)):
-  ad.defbilinear(_p, lambda ct, x, kernel, back=_back: back.bind(ct, kernel), lambda ct, x, kernel: x.T @ ct)
+for _primal in (_multiply_p, _multiply_back_p):
+  ad.defbilinear(_primal, lambda ct, x, kernel: _read_p.bind(ct, kernel), lambda ct, x, kernel: x.T @ ct)
 ad.defbilinear(_read_p, lambda ct, y, kernel: _multiply_back_p.bind(ct, kernel), lambda ct, y, kernel: ct.T @ y)
 
 
@@ -93,16 +95,17 @@ def multiply(x: jax.Array, kernel: jax.Array, transposed: jax.Array | None = Non
   """
   if _is_plain(x, kernel):
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-  rows = x.reshape(-1, x.shape[-1])
+  rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
   if transposed is None or len(rows) > FEW_ROWS:
     found = _multiply_p.bind(rows, kernel)
   else:
     found = _multiply_fast(rows, kernel, transposed)
-  return found.reshape(*x.shape[:-1], -1)
+  return found.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def read(y: jax.Array, kernel: jax.Array) -> jax.Array:
   """Returns y [..., o] times the transpose of a kernel [i, o], in float32."""
   if _is_plain(y, kernel):
     return jnp.matmul(y, kernel.T, preferred_element_type=jnp.float32)
-  return _read_p.bind(y.reshape(-1, y.shape[-1]), kernel).reshape(*y.shape[:-1], -1)
+  rows = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
+  return _read_p.bind(rows, kernel).reshape(*y.shape[:-1], len(kernel))

@@ -4,7 +4,8 @@ A model passes every named activation (a site) through a `Tap`, which shards it,
 probe that is differentiated, and captures it, always in that order. Because the probe comes after the edits, `stop` at
 a site lets the site's own gradient through while it cuts every path that enters the site from upstream.
 
-The same pass reads a whole prompt at once or, with a `Past`, only the tokens that are new (see `models.generation`).
+The same pass reads a whole prompt at once or, with a `Past`, only the tokens that are new (see `models.generation`),
+or, with `Pairs`, some tokens of each of several rows that share the others (see `jax_interp.debugger.audit`).
 """
 
 import dataclasses
@@ -250,8 +251,8 @@ class Tap:
     if self.past is not None and value.shape[axis] != 1:
       if value.shape[axis] != self.past.n_slots:
         raise ValueError(
-          f'an edit at {self.prefix[:-1]} has an array of {value.shape[axis]} tokens; while generating, it must have 1 '
-          f'or all {self.past.n_slots}, of the prompt and the new ones'
+          f'an edit at {self.prefix[:-1]} has an array of {value.shape[axis]} tokens; where not all are read, it must '
+          f'have 1 or all {self.past.n_slots}, of those read before and the new ones'
         )
       if isinstance(self.past, Pairs):
         value = jnp.take(value, self.past.token_p, axis)

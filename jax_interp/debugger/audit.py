@@ -18,7 +18,7 @@ from jax_interp.debugger import effects, engine, interventions, objectives, sche
 from jax_interp.debugger.subject import Subject
 from models import sites
 
-SIZES = (16, 32, 64)  # rows in attention, so that few are compiled
+SIZES = (4, 16, 32, 64)  # rows in attention, so that few are compiled
 PAIRS = (64, 96, 128, 192, *(step << power for power in range(6, 20) for step in (4, 5, 6, 7)))  # the same of pairs
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the prompt's tokens that attention computes, so that few are compiled
 MAX_PAIRS = SIZES[-1] * 256**2  # token pairs in memory together
@@ -189,7 +189,8 @@ def _embeddings(x_sd, saes, held, rows, values_r, batch, numbers):
       capture=('resid.post_emb', 'resid.post_emb.input'),
       past=batch.past({}),
     )
-    x_bpd = tap('resid.post_emb', (value_p[:, None] * x_sd[batch.token_p])[None], 'batch token d_model')
+    x_pd = value_p.astype(x_sd.dtype)[:, None] * x_sd[batch.token_p]
+    x_bpd = tap('resid.post_emb', x_pd[None], 'batch token d_model')
     return x_bpd[0], {name: x[0, batch.read_r] for name, x in tap.acts.items()}
 
   return jax.jvp(forward, (values_r,), (jnp.ones_like(values_r),))
@@ -235,16 +236,16 @@ def _batches(rows: Rows, question, prepared: engine.Prepared, n_layer: int) -> t
   first_r = np.minimum(rows.token, _first_read(question))  # computed from there on
   first_r[0] = first = first_r.min()
   lengths_r = prepared.n_tokens - first_r
-  shift_r = np.cumsum(lengths_r) - lengths_r - first_r  # the pair of a row at a token is their sum
+  offset_r = np.cumsum(lengths_r) - lengths_r - first_r  # the pair of a row at a token is their sum
   row_p = np.repeat(np.arange(len(layers)), lengths_r).astype(np.int32)
-  token_p = (np.arange(len(row_p)) - shift_r[row_p]).astype(np.int32)
+  token_p = (np.arange(len(row_p)) - offset_r[row_p]).astype(np.int32)
   n_attended, n_before, found = _attended(first, n_slots), 0, []
   for layer in range(-1, n_layer):
     n_active = bisect.bisect(layers, layer)
     n = int(lengths_r[:n_active].sum())
     who_r = np.where(np.arange(n_rows) < n_active, np.arange(n_rows), 0).astype(np.int32)
-    place = lambda token_r, who_r=who_r: (shift_r[who_r] + token_r).astype(np.int32)
-    from_p = np.where(np.arange(n) < n_before, np.arange(n), shift_r[0] + token_p[:n]).astype(np.int32)
+    place = lambda token_r, who_r=who_r: (offset_r[who_r] + token_r).astype(np.int32)
+    from_p = np.where(np.arange(n) < n_before, np.arange(n), offset_r[0] + token_p[:n]).astype(np.int32)
     size, n_before = _size(n, PAIRS), n
     batch = Batch(
       _padded(row_p[:n], size, n_rows),
@@ -259,7 +260,7 @@ def _batches(rows: Rows, question, prepared: engine.Prepared, n_layer: int) -> t
       n_slots,
     )
     found.append(batch)
-  places_rk = _padded(shift_r, n_rows, shift_r[0])[:, None] + question.positions_k
+  places_rk = _padded(offset_r, n_rows, offset_r[0])[:, None] + question.positions_k
   return found, places_rk.astype(np.int32)
 
 
@@ -347,8 +348,8 @@ def _lots(first_n: np.ndarray, layer_n: np.ndarray, n_slots: int) -> list[np.nda
   order, found = np.argsort(-first_n, kind='stable'), []
   while len(order):
     n_pairs_n = np.array([_attended(first, n_slots) for first in first_n[order]]) * n_slots  # rising
-    fits_n = (np.arange(len(order)) + 2) * n_pairs_n <= MAX_PAIRS  # with the prompt as it is
-    n = min(max(1, fits_n.sum()), SIZES[-1] - 1)
+    n_rows_n = np.array([_size(n + 2, SIZES) for n in range(len(order))])  # with the prompt as it is
+    n = min(max(1, (n_rows_n * n_pairs_n <= MAX_PAIRS).sum()), SIZES[-1] - 1)
     found.append(order[:n][np.argsort(layer_n[order[:n]], kind='stable')])
     order = order[n:]
   return found

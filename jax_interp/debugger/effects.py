@@ -511,7 +511,7 @@ def _find_in_layer(kernels, sizes, acts, grads, run, writers, held_th, k, with_h
   n_head, n_tokens, _ = probs_hts.shape
   v_shc = jnp.repeat(v_sgc, n_head // v_sgc.shape[1], axis=1)
   norm = lambda x_thc: jnp.linalg.norm(jnp.einsum('thc,hce->hte', x_thc.astype(jnp.float32), sizes[0]), axis=-1)
-  # What does not reach the stream is no concern, and nothing is read of a kernel for it, see `products.read`.
+  # What does not reach the stream is no concern; see `products` for what zeros save.
   reaching = lambda part: jnp.where(reach[part][:, None], run.grad_td, 0)
   reads_thc = kernels['attn'].read(reaching('attn'))
   projected_hts = jnp.einsum('thc,shc->hts', reads_thc, v_shc, preferred_element_type=jnp.float32)
@@ -762,9 +762,9 @@ def _rank(kind: str, rows: dict, k: int, n_tokens: int, columns: Sequence[int]) 
       continue
     for sign in (1, -1):
       signed = sign * values[:, column]
-      rows, tokens = np.unravel_index(_above_zero(signed.reshape(-1), k)[::sign], signed.shape)
-      for row, token, cells in zip(rows.tolist(), tokens.tolist(), whole[rows, :, tokens], strict=True):
-        found.setdefault((*keys[row], token), cells)
+      places, tokens = np.unravel_index(_above_zero(signed.reshape(-1), k)[::sign], signed.shape)
+      for place, token, row in zip(places.tolist(), tokens.tolist(), whole[places, :, tokens], strict=True):
+        found.setdefault((*keys[place], token), row)
   return found
 
 

@@ -149,7 +149,7 @@ def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.Edg
   for slot, layer in enumerate(sorted({ablation.layer for ablation in ablations})):
     mine = [ablation for ablation in ablations if ablation.layer == layer]
     nodes = [checked(subject, prepared, ablation.node) for ablation in mine]
-    so_far = dataclasses.replace(prepared, shifts=interventions.Shifts(layers.copy(), deltas))
+    so_far = dataclasses.replace(prepared, shifts=_on_device(layers, deltas))
     # Whatever the objective, the writes are the same; this one is compiled with most others.
     nothing = schema.Projection(site='resid.post_emb', direction=[0.0] * config.d_model)
     found = run(subject, _asked(subject, so_far, nothing))
@@ -166,7 +166,11 @@ def _shifts(subject: Subject, prepared: Prepared, ablations: Sequence[schema.Edg
       np.subtract.at(changed_td, [node.token for node in chosen], write_nd[list(chosen.values())])
       change = jax.device_get(_qkv_change(subject.model.h[layer], stream_td, changed_td))
       deltas[name][slot, :, group] = change['qkv'.index(name)][:, group]
-  return interventions.Shifts(layers, deltas)
+  return _on_device(layers, deltas)
+
+
+def _on_device(layers, deltas):
+  return interventions.Shifts(layers.copy(), {name: interventions.on_device(x) for name, x in deltas.items()})
 
 
 def _check_edge(subject, ablation):

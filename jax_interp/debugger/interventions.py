@@ -6,6 +6,7 @@ ablations of a cell wins.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,6 +18,7 @@ from jax_interp.debugger.subject import Subject, check_index, check_sae
 from models import sites
 
 N_SLOTS = 16  # ablations of a run
+MAX_KEPT = 2**22  # bytes of an array of zeros that is kept
 N_PLACES = 4  # activations of other runs that compile nothing, at sites whose activations are small
 # Sites whose cells can be held, and the axes (token, source, component) among theirs behind the batch.
 HOLDABLE = {
@@ -53,14 +55,23 @@ class Held:
 
   cells: np.ndarray
   values: np.ndarray
-  others: dict[str, np.ndarray]
-  latents: tuple[np.ndarray, ...]
+  others: dict[str, jax.Array]
+  latents: tuple[jax.Array, ...]
+
+
+def on_device(x: np.ndarray) -> jax.Array:
+  """Returns a copy that `jax.jit` takes on any mesh as one of the host, and compiles nothing for."""
+  return jax.device_put(x.copy())
 
 
 @functools.lru_cache(maxsize=32)
+def _kept_zeros(shape):
+  return on_device(np.zeros(shape, np.float32))
+
+
 def zeros(shape: tuple[int, ...]) -> jax.Array:
-  """Returns zeros, which stay on the device: most requests hold nothing of another run and cut no edge."""
-  return jnp.zeros(shape, jnp.float32)
+  """Returns zeros on the device; small ones stay there: most requests hold nothing of another run and cut no edge."""
+  return _kept_zeros(shape) if 4 * math.prod(shape) <= MAX_KEPT else _kept_zeros.__wrapped__(shape)
 
 
 def held(
@@ -120,7 +131,7 @@ def held(
     x = np.zeros((n, *shape), np.float32)
     for place, activation in enumerate(mine):
       x[place] = np.asarray(activation)[0]
-    return x
+    return on_device(x)
 
   config, t = subject.model.config, subject.padded(n_tokens)
   n_head, d_head, d = subject.model.h[0].attn.c_proj.kernel.shape
@@ -259,7 +270,7 @@ class Shifts:
   """
 
   layers: np.ndarray
-  deltas: dict[str, np.ndarray]
+  deltas: dict[str, jax.Array]
 
 
 def _shift(x, tap, layers, deltas, layer):

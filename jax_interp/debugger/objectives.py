@@ -150,6 +150,8 @@ def question(
       fields |= {'token': node.token, 'source': node.source, 'index': node.index, 'layer': node.layer}
       fields |= {'kind': ATTENTION if objective.kind == 'attention_logit' else WRITE, 'stream': 2 * node.layer}
       fields['through'] = np.array(THROUGH[objective.through])
+  if not fields['weights_k'].any():  # no logits are read: nothing at another token matters
+    fields['positions_k'] = np.full(N_SLOTS, fields['token'], np.int32)
   return Question(**fields)
 
 

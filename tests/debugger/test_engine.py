@@ -94,6 +94,11 @@ def test_requests_that_change_values_compile_nothing(small):
     for through in ('q', 'k', 'qk', 'v', 'all'):
       ask(trace=schema.Trace(node=HEAD, through=through), objective=schema.Entropy(token=5))
     ask(trace=schema.Trace(node=Node(kind='neuron', layer=2, index=1, token=3)))
+    other = schema.OtherPrompt(prompt=subjects.request().prompt)
+    for ablation in ({'kind': 'neuron', 'index': 3}, {'kind': 'head', 'index': 1}, {'kind': 'mlp'}):
+      ask(ablations=[Ablation(layer=1, to=other, **ablation)])
+    cut = schema.EdgeAblation(node=Node(kind='embedding', token=4), layer=1, head=1, into='k')
+    ask(edge_ablations=[cut])
     ask(of=small, trace=schema.Trace(node=Node(kind='latent', site=SITES[0], index=1, token=3)))
     ask(of=small, trace=schema.Trace(node=Node(kind='latent', site=SITES[1], index=2, token=5)), prompt=text(11))
   finally:

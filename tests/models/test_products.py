@@ -69,5 +69,13 @@ def test_no_kernel_is_read_for_a_gradient_that_is_zero():
     backward = jax.jit(lambda x, y: jax.vjp(lambda x: products.multiply(x, unread), x)[1](y)[0])
     x, y = rows(5, N_IN, 5), rows(5, N_OUT, 0)
     np.testing.assert_array_equal(backward(x, y), np.zeros_like(x))
+    of_read = jax.jit(lambda x, y: jax.vjp(lambda y: products.read(y, unread), y)[1](x)[0])
+    np.testing.assert_array_equal(of_read(0 * x, y), y)
+    np.testing.assert_array_equal(jax.jit(products.read)(y, unread), 0 * x)
     y[3] = 1  # one row that is not zero is no concern of the others
     np.testing.assert_array_equal(np.isnan(backward(x, y)).all(1), np.arange(5) == 3)
+
+
+def test_no_rows_at_all(mesh):
+  assert products.multiply(np.zeros((2, 0, N_IN), np.float32), KERNEL).shape == (2, 0, N_OUT)
+  assert products.read(np.zeros((0, N_OUT), np.float32), KERNEL).shape == (0, N_IN)
