@@ -229,6 +229,22 @@ def test_lots_and_batches_that_grow_change_nothing(monkeypatch):
   assert shares == sorted(shares)
 
 
+@pytest.mark.parametrize('n_slots', [16, 128, 1024, 4096])
+def test_lots_hold_every_node_once_and_as_many_token_pairs_as_they_may(monkeypatch, n_slots):
+  monkeypatch.setattr(audit, 'SIZES', (4, 16, 32, 64))
+  monkeypatch.setattr(audit, 'SHARES', (1 / 8, 1 / 4, 1 / 2, 1))
+  rng = np.random.default_rng(0)
+  first_n, layer_n = rng.integers(n_slots, size=100), rng.integers(12, size=100)
+  lots = audit._lots(first_n, layer_n, n_slots)
+  assert sorted(np.concatenate(lots)) == list(range(100))
+  for lot in lots:
+    assert (np.diff(layer_n[lot]) >= 0).all()
+    n_rows = next(size for size in audit.SIZES if size > len(lot))
+    share = next(share for share in audit.SHARES if share * n_slots >= n_slots - first_n[lot].min())
+    assert n_rows * share * n_slots**2 <= audit.MAX_PAIRS or len(lot) == 1
+  assert len(lots) == 2 or n_slots > 128
+
+
 def test_other_nodes_prompts_and_questions_compile_nothing(subject, monkeypatch):
   monkeypatch.setattr(audit, 'SHARES', (1,))
   audited(subject)
