@@ -135,6 +135,30 @@ class Past:
   n_read_b: jax.Array
   n_slots: int
 
+  def positions(self, n_tokens: int) -> jax.Array:
+    """Returns where in its text [batch, n_tokens] each token of the pass is."""
+    return self.n_read_b[:, None] + jnp.arange(n_tokens)
+
+  def slots(self, site: str, x_btgc: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys or values known so far [batch, slot, g, channel], and the row [batch, 1] of each new one."""
+    b, _, *shape = x_btgc.shape
+    empty = jnp.zeros((b, self.n_slots, *shape), x_btgc.dtype)
+    return self.keys_and_values.get(site, empty), jnp.arange(b)[:, None]
+
+  def to_rows(self, x_bthc: jax.Array) -> tuple['Past', jax.Array]:
+    """Returns the past of attention, and queries [row, token, head, channel] for it."""
+    return self, x_bthc
+
+  def from_rows(self, x_rthc: jax.Array) -> jax.Array:
+    """Returns what attention gives [row, token, ...] as the rest of the pass has it."""
+    return x_rthc
+
+  def at_tokens(self, value: jax.Array, axis: int, n_tokens: int) -> jax.Array:
+    """Returns what a value of all tokens, [batch or 1, ...] with these on an axis, is at this pass's."""
+    value = jnp.broadcast_to(value, (self.n_read_b.size, *value.shape[1:]))
+    take = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, n_tokens, axis - 1)
+    return jax.vmap(take)(value, self.n_read_b)
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -164,6 +188,25 @@ class Pairs:
   n_rows: int
   n_tokens: int
   n_slots: int
+
+  def positions(self, n_tokens: int) -> jax.Array:
+    """As of `Past`, and so are all methods."""
+    return self.token_p[None]
+
+  def slots(self, site: str, x_btgc: jax.Array) -> tuple[jax.Array, jax.Array]:
+    known = self.keys_and_values[site]
+    return jnp.broadcast_to(known, (self.n_rows, *known.shape)), self.row_p[None]
+
+  def to_rows(self, x_bthc: jax.Array) -> tuple[Past, jax.Array]:
+    empty = jnp.zeros((self.n_rows, self.n_tokens, *x_bthc.shape[2:]), x_bthc.dtype)
+    x_rthc = empty.at[self.row_p, self.token_p - self.first].set(x_bthc[0], mode='drop')
+    return Past({}, jnp.full(self.n_rows, self.first), self.n_slots), x_rthc
+
+  def from_rows(self, x_rthc: jax.Array) -> jax.Array:
+    return x_rthc[self.row_p, self.token_p - self.first][None]
+
+  def at_tokens(self, value: jax.Array, axis: int, n_tokens: int) -> jax.Array:
+    return jnp.take(value, self.token_p, axis)
 
 
 @dataclasses.dataclass
@@ -202,40 +245,28 @@ class Tap:
 
   def positions(self, n_tokens: int) -> jax.Array:
     """Returns the positions [batch or 1, n_tokens] of this pass's tokens in their texts."""
-    if isinstance(self.past, Pairs):
-      return self.past.token_p[None]
-    first_b = jnp.zeros(1, jnp.int32) if self.past is None else self.past.n_read_b
-    return first_b[:, None] + jnp.arange(n_tokens)
+    return jnp.arange(n_tokens)[None] if self.past is None else self.past.positions(n_tokens)
 
   def extend(self, name: str, x_btgc: jax.Array) -> jax.Array:
     """Returns keys or values of all tokens so far, [batch, slot, g, channel]: without a past, x itself."""
     if self.past is None:
       return x_btgc
-    site, (b, t, *shape) = self.prefix + name, x_btgc.shape
-    if isinstance(self.past, Pairs):
-      known = self.past.keys_and_values[site]
-      empty, rows_bt = jnp.broadcast_to(known, (self.past.n_rows, *known.shape)), self.past.row_p[None]
-    else:
-      empty, rows_bt = jnp.zeros((b, self.past.n_slots, *shape), x_btgc.dtype), jnp.arange(b)[:, None]
-      empty = self.past.keys_and_values.get(site, empty)
-    extended = empty.at[rows_bt, self.positions(t)].set(x_btgc, mode='drop')
+    site = self.prefix + name
+    known, rows_bt = self.past.slots(site, x_btgc)
+    extended = known.at[rows_bt, self.positions(x_btgc.shape[1])].set(x_btgc, mode='drop')
     self.keys_and_values[site] = sharding.constrain(extended, 'batch token head channel')
     return self.keys_and_values[site]
 
   def to_rows(self, x_bthc: jax.Array) -> tuple['Tap', jax.Array]:
     """Returns the tap of attention, and queries [row, token, head, channel] for it: without pairs, what is given."""
-    if not isinstance(self.past, Pairs):
+    if self.past is None:
       return self, x_bthc
-    past = self.past
-    empty = jnp.zeros((past.n_rows, past.n_tokens, *x_bthc.shape[2:]), x_bthc.dtype)
-    x_rthc = empty.at[past.row_p, past.token_p - past.first].set(x_bthc[0], mode='drop')
-    return dataclasses.replace(self, past=Past({}, jnp.full(past.n_rows, past.first), past.n_slots)), x_rthc
+    past, x_rthc = self.past.to_rows(x_bthc)
+    return dataclasses.replace(self, past=past), x_rthc
 
   def from_rows(self, x_rthc: jax.Array) -> jax.Array:
     """Returns what attention gives [row, token, ...] for this pass's pairs: without pairs, what is given."""
-    if not isinstance(self.past, Pairs):
-      return x_rthc
-    return x_rthc[self.past.row_p, self.past.token_p - self.past.first][None]
+    return x_rthc if self.past is None else self.past.from_rows(x_rthc)
 
   def here(self, value) -> jax.Array:
     """Returns what an edit's argument, broadcast to the whole text, is at this pass's tokens.
@@ -254,12 +285,7 @@ class Tap:
           f'an edit at {self.prefix[:-1]} has an array of {value.shape[axis]} tokens; where not all are read, it must '
           f'have 1 or all {self.past.n_slots}, of those read before and the new ones'
         )
-      if isinstance(self.past, Pairs):
-        value = jnp.take(value, self.past.token_p, axis)
-      else:
-        value = jnp.broadcast_to(value, (self.shape['batch'], *value.shape[1:]))
-        take = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, self.shape['token'], axis - 1)
-        value = jax.vmap(take)(value, self.past.n_read_b)
+      value = self.past.at_tokens(value, axis, self.shape['token'])
     sizes = zip(value.shape[::-1], shape[::-1], strict=False)
     if value.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
       raise ValueError(
