@@ -18,6 +18,7 @@ from models import sharding
 GROUP_SIZE = 16  # the fastest of 8 to 32 on a CPU at 2,048 to 24,576 latents
 MIN_GROUPS_PER_K = 4  # with fewer groups than this times k, choosing the groups costs what it saves
 RADIX_BITS = 3  # a round: the fastest of 2 to 6 on a CPU, where more edges cost more than fewer passes save
+MAX_MEMBERS = 64  # of a group whose maximum comes first: compiling takes as long as there are
 KEY_BITS = 32
 RING = 2  # an all-reduce moves each number twice, to sum it and to spread the sum; an all-gather moves it once
 MAX_COUNT = 2**31 - 1
@@ -30,11 +31,48 @@ def _topk(x_bl, k):
   return jax.lax.optimization_barrier(values_bk), jax.lax.optimization_barrier(indices_bk)
 
 
-def _ascending(indices_bk):
-  """Sorts each row of distinct indices by counting: for small k, k^2 comparisons cost less than a sort."""
-  rank_bk = jnp.sum(indices_bk[:, None, :] < indices_bk[:, :, None], axis=2)
+def _ties_by_index(values_bk, indices_bk):
+  """Sorts the indices of equal values by counting: for small k, k^2 comparisons cost less than a sort."""
+  keys_bk = _keys(values_bk)
+  tied_bkk = keys_bk[:, None, :] == keys_bk[:, :, None]
+  before_bkk = (keys_bk[:, None, :] > keys_bk[:, :, None]) | tied_bkk & (
+    indices_bk[:, None, :] < indices_bk[:, :, None]
+  )
+  place_bk = jnp.sum(before_bkk, axis=2)
   places = jnp.arange(indices_bk.shape[1])
-  return jnp.sum(jnp.where(rank_bk[:, :, None] == places, indices_bk[:, :, None], 0), axis=1)
+  return jnp.sum(jnp.where(place_bk[:, :, None] == places, indices_bk[:, :, None], 0), axis=1)
+
+
+def _maxima_first(x_bmg, k):
+  """Returns values_bk and places_bk of the k largest of x_bmg, flattened, in descending order; ties are in any order.
+
+  On a CPU top-k is a heap, which is quick to see that a number does not belong there, and slow to take up one that
+  does, so that the maximum of every group comes before all else.
+  """
+  n_rows, n_members, n_groups = x_bmg.shape
+
+  def heap(x_bmg):
+    maxima_bg = functools.reduce(jnp.maximum, [x_bmg[:, i] for i in range(n_members)])
+    member_bg = jnp.zeros((n_rows, n_groups), jnp.int32)
+    for i in reversed(range(n_members)):
+      member_bg = jnp.where(x_bmg[:, i] == maxima_bg, i, member_bg)
+    rest_bmg = jnp.where(jnp.arange(n_members)[:, None] == member_bg[:, None], -jnp.inf, x_bmg)
+    values_bk, places_bk = _topk(jnp.concatenate([maxima_bg, rest_bmg.reshape(n_rows, -1)], axis=1), k)
+    group_bk = jnp.minimum(places_bk, n_groups - 1)
+    of_maximum_bk = n_groups * jnp.take_along_axis(member_bg, group_bk, axis=1, mode='promise_in_bounds') + group_bk
+    return values_bk, jnp.where(places_bk < n_groups, of_maximum_bk, places_bk - n_groups)
+
+  return jax.lax.platform_dependent(x_bmg, cpu=heap, default=lambda x_bmg: _topk(x_bmg.reshape(n_rows, -1), k))
+
+
+def _topk_of_maxima(maxima_bg, k):
+  """Returns values_bk and groups_bk of the k largest; in the middle of equal ones in any order."""
+  n_rows, n_groups = maxima_bg.shape
+  n_first = max(n for n in range(1, 2 * k) if n_groups % n == 0)
+  n_members = n_groups // n_first
+  if n_groups >= MIN_GROUPS_PER_K * k * GROUP_SIZE or n_members > MAX_MEMBERS:
+    return local_topk(maxima_bg, k)
+  return _maxima_first(maxima_bg.reshape(n_rows, n_members, n_first), k)
 
 
 def local_topk(x_bl: jax.Array, k: int, bias_l: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -42,29 +80,37 @@ def local_topk(x_bl: jax.Array, k: int, bias_l: jax.Array | None = None) -> tupl
 
   It is a faster `jax.lax.top_k`, which never writes the sum to memory. Two stages: the k groups with the largest maxima
   hold every winner, because a winner outside them would mean k larger values. Groups are strided (latents i, i +
-  n_groups, ...), so that their maxima vectorise. Where the k-th and the next maximum tie in any row the choice of
-  groups is ambiguous, and plain top-k decides.
+  n_groups, ...), so that their maxima vectorise. Where the k-th and the next value, or maximum, tie in any row, the
+  choice is ambiguous, and plain top-k decides; so it does for NaNs, and for zeros of either sign that tie.
   """
   n_rows, n_latents = x_bl.shape
   n_groups = n_latents // GROUP_SIZE
-  plain = lambda: _topk(x_bl if bias_l is None else x_bl + bias_l, k)
+  plain = lambda *_: _topk(x_bl if bias_l is None else x_bl + bias_l, k)
   if n_latents % GROUP_SIZE or n_groups < MIN_GROUPS_PER_K * k:
     return plain()
   members = [slice(i * n_groups, (i + 1) * n_groups) for i in range(GROUP_SIZE)]
   # One loop over the rows; a reduction would have the sum, or the reshaped rows, written to memory first.
-  maxima = functools.reduce(jnp.maximum, [x_bl[:, i] if bias_l is None else x_bl[:, i] + bias_l[i] for i in members])
-  maxima, groups = _topk(maxima, k + 1)
+  maxima_bg = functools.reduce(jnp.maximum, [x_bl[:, i] if bias_l is None else x_bl[:, i] + bias_l[i] for i in members])
 
-  def two_stages(_):
-    groups_bk = _ascending(groups[:, :k])
-    candidates_bc = (n_groups * jnp.arange(GROUP_SIZE)[:, None] + groups_bk[:, None, :]).reshape(n_rows, -1)
+  def two_stages(maxima_bg):
+    maxima, groups = _topk_of_maxima(maxima_bg, k + 1)
+    candidates_bmk = n_groups * jnp.arange(GROUP_SIZE)[:, None] + groups[:, None, :k]
+    candidates_bc = candidates_bmk.reshape(n_rows, -1)
     candidate_values = jnp.take_along_axis(x_bl, candidates_bc, axis=1, mode='promise_in_bounds')
     if bias_l is not None:
       candidate_values += bias_l.at[candidates_bc].get(mode='promise_in_bounds')
-    values_bk, places_bk = _topk(candidate_values, k)
-    return values_bk, jnp.take_along_axis(candidates_bc, places_bk, axis=1, mode='promise_in_bounds')
+    values, places = _maxima_first(candidate_values.reshape(candidates_bmk.shape), k + 1)
+    indices_bk = jnp.take_along_axis(candidates_bc, places[:, :k], axis=1, mode='promise_in_bounds')
+    values_bk, tied_bk = values[:, :k], values[:, :k] == values[:, 1:]
+    ambiguous = jnp.any(maxima[:, k - 1] == maxima[:, k]) | jnp.any(
+      tied_bk[:, -1] | jnp.any(tied_bk & (values_bk == 0), 1)
+    )
+    by_index = lambda: (values_bk, _ties_by_index(values_bk, indices_bk))
+    branch = jnp.where(ambiguous, 2, jnp.any(tied_bk).astype(jnp.int32))
+    return jax.lax.switch(branch, [lambda: (values_bk, indices_bk), by_index, plain])
 
-  return jax.lax.cond(jnp.any(maxima[:, k - 1] == maxima[:, k]), lambda _: plain(), two_stages, None)
+  # As an argument of a branch, the maxima are written once; else they would be computed wherever they are read.
+  return jax.lax.cond(jnp.any(jnp.isnan(maxima_bg)), plain, two_stages, maxima_bg)
 
 
 def _keys(values):

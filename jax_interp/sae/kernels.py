@@ -24,6 +24,9 @@ BLOCK_ROWS, ACCELERATOR_BLOCK_ROWS = 1024, 8192
 # Gathers of that many of a token's k rows become one loop over [b, d]: on a CPU twice as fast as one row at a time.
 # All k at once are no faster, and compiling takes as long as there are terms.
 UNROLL = 16
+# Tokens whose rows are added to two gradients at a time, in two halves: so many operations are in the loop then, and so
+# little is written between them, that a CPU makes both gradients side by side; with fewer or more parts it does not.
+ADD_ROWS = 1024
 DOT_ROWS = (
   64  # on a CPU, tokens whose k rows are gathered together, [64, k, d], for their products with one vector each
 )
@@ -46,13 +49,13 @@ class Kernels(NamedTuple):
   Attributes:
     weighted_sum: (values_bk, w_ld, indices_bk) to out_bd = the sum over k of values_bk w[indices_bk].
     dot: (x_bd, w_ld, indices_bk) to out_bk = <x_b, w[indices_bk]>.
-    add_outer: (total_ld, values_bk, x_bd, indices_bk) to total_ld + the sum of values_bk x_bd over all b and k with
-      indices_bk = l.
+    add_outers: (totals_ld, values_bk, x_bd, indices_bk), tuples of as many each but for the indices, to the tuple of
+      total_ld + the sum of values_bk x_bd over all b and k with indices_bk = l.
   """
 
   weighted_sum: Callable
   dot: Callable
-  add_outer: Callable
+  add_outers: Callable
 
 
 def _rows(w_ld, indices):
@@ -96,13 +99,27 @@ def _sparse_dot(x_bd, w_ld, indices_bk):
   return jax.lax.platform_dependent(x_bd, w_ld, indices_bk, cpu=blocked, default=fused)
 
 
-def _sparse_add_outer(total_ld, values_bk, x_bd, indices_bk):
-  def add(total_ld, pairs):
-    for values_b, indices_b in pairs:
-      total_ld = total_ld.at[indices_b].add(values_b[:, None] * x_bd, mode='promise_in_bounds')
-    return total_ld
+def _sparse_add_outers(totals_ld, values_bk, x_bd, indices_bk):
+  b = len(indices_bk)
+  n_rows = ADD_ROWS if b % ADD_ROWS == 0 else b
+  halves = [slice(0, n_rows // 2), slice(n_rows // 2, n_rows)]
 
-  return _fold_over_k(add, total_ld, values_bk, indices_bk, 1)
+  def add_block(totals_ld, block):
+    values_bk, x_bd, indices_bk = block
+
+    def add(totals_ld, terms):
+      *values_b, indices_b = terms
+      for half in halves:
+        totals_ld = tuple(
+          total_ld.at[indices_b[half]].add(value_b[half, None] * x[half], mode='promise_in_bounds')
+          for total_ld, value_b, x in zip(totals_ld, values_b, x_bd, strict=True)
+        )
+      return totals_ld, None
+
+    return jax.lax.scan(add, totals_ld, tuple(a.T for a in (*values_bk, indices_bk)))
+
+  blocks = jax.tree.map(lambda a: a.reshape(-1, n_rows, a.shape[1]), (values_bk, x_bd, indices_bk))
+  return jax.lax.scan(add_block, totals_ld, blocks)[0]
 
 
 def _sorted_add_outer(total_ld, values_bk, x_bd, indices_bk):
@@ -143,10 +160,17 @@ def _dense_add_outer(total_ld, values_bk, x_bd, indices_bk):
   return jax.lax.scan(add, total_ld, blocks)[0]
 
 
+def _one_by_one(add_outer):
+  def add_outers(totals_ld, values_bk, x_bd, indices_bk):
+    return tuple(add_outer(*each, indices_bk) for each in zip(totals_ld, values_bk, x_bd, strict=True))
+
+  return add_outers
+
+
 KERNELS = {
-  'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outer),
-  'sorted': Kernels(_sparse_weighted_sum, _sparse_dot, _sorted_add_outer),
-  'dense': Kernels(_dense_weighted_sum, _dense_dot, _dense_add_outer),
+  'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers),
+  'sorted': Kernels(_sparse_weighted_sum, _sparse_dot, _one_by_one(_sorted_add_outer)),
+  'dense': Kernels(_dense_weighted_sum, _dense_dot, _one_by_one(_dense_add_outer)),
 }
 
 
@@ -221,8 +245,7 @@ def sparse_update(
   """
   add = lambda total_l, terms_bk: total_l.at[indices_bk].add(terms_bk, mode='promise_in_bounds')
   return Gradients(
-    kernels.add_outer(grads.encoder_ld, dz_bk, centred_bd, indices_bk),
-    kernels.add_outer(grads.decoder_ld, values_bk, grad_bd, indices_bk),
+    *kernels.add_outers((grads.encoder_ld, grads.decoder_ld), (dz_bk, values_bk), (centred_bd, grad_bd), indices_bk),
     add(grads.latent_bias_l, dz_bk),
     add(grads.along_l, values_bk * dz_bk),  # <values_b grad_b, row> = values_b dz_b
   )

@@ -150,23 +150,26 @@ def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scal
   dead_l = tokens_since_fired_l > recipe.dead_tokens
 
   auxk = jnp.zeros(())
-  grads = kernels.Gradients(*map(jnp.zeros_like, (encoder_ld, decoder_ld, latent_bias_l, latent_bias_l)))
   bias_grad_d = sum(grad_bd.sum(0) for *_, grad_bd in updates)
+  # What meets the batch is marked as varying over it, so that its gradient is summed over `data` once, at the end.
+  mark = lambda x: jax.lax.pcast(x, 'data', to='varying') if _maps('data') else x
+  params = tuple(map(mark, (encoder_ld, decoder_ld, latent_bias_l, bias_d)))
   if recipe.auxk:
-    # What meets the batch is marked as varying over it, so that its gradient is summed over `data` once, at the end.
-    mark = lambda x: jax.lax.pcast(x, 'data', to='varying') if _maps('data') else x
-    params = tuple(map(mark, (encoder_ld, decoder_ld, latent_bias_l, bias_d)))
     auxk, grads, auxk_bias_grad_d = _auxk(recipe, params, row_scale_l, centred_bd, errors[0], dead_l)
     bias_grad_d += auxk_bias_grad_d
+  else:
+    grads = kernels.Gradients(*map(jnp.zeros_like, (*params[:3], params[2])))
   for few, *update in updates:
     grads = kernels.sparse_update(few, grads, *update)
   grads, bias_grad_d = _over_data(jax.lax.psum, (grads, bias_grad_d))
 
   # A gradient of [batch, d] is not needed: what the encoder read is x - pre_bias for every token.
-  # All that is read is read before the gradients are used, or weights would be copied before they change, and squares
-  # be written to memory for the norm and for Adam alike.
   squares_l = sum(jnp.einsum('ld,ld->l', g, g) for g in grads[:2]) + grads.latent_bias_l**2 - grads.along_l**2
+  # Squares are taken before the gradients are used, or they would be written to memory for the norm and for Adam alike.
   read_d, squares_l, grads = jax.lax.optimization_barrier((grads.latent_bias_l @ encoder_ld, squares_l, grads))
+  # The encoder changes in place, without a copy, where all that reads it comes before: what it would be multiplied by
+  # if this were a NaN is a NaN all the same.
+  grads = grads._replace(encoder_ld=grads.encoder_ld * jnp.where(jnp.isnan(read_d[0]), jnp.nan, 1))
   pre_bias_grad_d = -jax.lax.psum(read_d, 'model')
   grads_of = jax.tree.map(jnp.zeros_like, sae)
   grads_of.encoder[...], grads_of.decoder[...], grads_of.latent_bias[...] = grads[:3]
@@ -215,8 +218,8 @@ def _for_winners(run, mask_bk, k) -> kernels.Kernels:
   return kernels.Kernels(
     lambda values_bk, w_ld, indices_bk: narrowed(lambda v, i: run.weighted_sum(v, w_ld, i), values_bk, indices_bk),
     dot,
-    lambda total_ld, values_bk, x_bd, indices_bk: narrowed(
-      lambda v, i: run.add_outer(total_ld, v, x_bd, i), values_bk, indices_bk
+    lambda totals_ld, values_bk, x_bd, indices_bk: narrowed(
+      lambda *few: run.add_outers(totals_ld, few[:-1], x_bd, few[-1]), *values_bk, indices_bk
     ),
   )
 

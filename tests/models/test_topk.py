@@ -58,6 +58,46 @@ def test_two_stages_hold_the_winners_of_one_group():
   np.testing.assert_array_equal(indices_bk[0], n_groups * np.array([15, 14, 13]))
 
 
+def with_ties_at(places, value=10.0):
+  x_bl = preacts(ties=False)
+  x_bl[:, places] = value
+  return x_bl
+
+
+WAYS = {
+  'no ties': preacts(ties=False),
+  'ties above the last': with_ties_at([900, 3, 517]),
+  'ties of a group': with_ties_at([3, 3 + L // topk.GROUP_SIZE, 3 + 5 * L // topk.GROUP_SIZE]),
+  'ties for the last place': with_ties_at(slice(100, 110)),
+  'ties of both zeros': with_ties_at([3, 700], 0.0) * np.where(np.arange(L) == 3, -1, 1)
+  - 10 * (np.arange(L) % 697 != 3),
+  'infinities': with_ties_at([5], np.inf) + with_ties_at([3, 7, 9], -np.inf),
+  'nothing finite': np.full((B, L), -np.inf),
+  'NaN': with_ties_at([900, 3], np.nan),
+}
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_every_way_to_the_largest_is_that_of_plain_topk(way):
+  x_bl = jnp.asarray(WAYS[way], jnp.float32)
+  for k in (1, TWO_STAGE):
+    for bias_l in (None, jnp.zeros(L)):
+      values_bk, indices_bk = jax.jit(topk.local_topk, static_argnums=1)(x_bl, k, bias_l)
+      expected_values, expected_indices = jax.lax.top_k(x_bl if bias_l is None else x_bl + bias_l, k)
+      np.testing.assert_array_equal(values_bk, expected_values)
+      np.testing.assert_array_equal(np.signbit(values_bk), np.signbit(expected_values))
+      np.testing.assert_array_equal(indices_bk, expected_indices)
+
+
+@pytest.mark.parametrize(('n_latents', 'k'), [(16 * 521, 32), (16 * 1536, 16), (16 * 4096, 31), (16 * 200, 49)])
+def test_groups_of_any_number_hold_the_largest(n_latents, k):
+  x_bl = jnp.asarray(np.random.default_rng(1).normal(size=(B, n_latents)), jnp.float32)
+  values_bk, indices_bk = jax.jit(topk.local_topk, static_argnums=1)(x_bl, k)
+  expected_values, expected_indices = jax.lax.top_k(x_bl, k)
+  np.testing.assert_array_equal(values_bk, expected_values)
+  np.testing.assert_array_equal(indices_bk, expected_indices)
+
+
 def test_only_candidates_travel_and_nothing_is_sorted():
   with jax.set_mesh(sharding.make_mesh(2, 2)):
     x_bl = sharding.place(np.zeros((8, L), np.float32), 'batch latent')

@@ -43,9 +43,10 @@ def test_products_with_a_few_rows(kind, k, n_rows):
   np.testing.assert_allclose(out_bd, np.einsum('bk,bkd->bd', values_bk, w64[indices_bk]), **TOLERANCE)
   out_bk = jax.jit(chosen.dot)(x_bd, w_ld, indices_bk)
   np.testing.assert_allclose(out_bk, np.einsum('bd,bkd->bk', x_bd, w64[indices_bk]), **TOLERANCE)
-  out_ld = jax.jit(chosen.add_outer)(w_ld, values_bk, x_bd, indices_bk)
-  expected = w64 + np.einsum('bk,bd,bkl->ld', values_bk, x_bd, one_hot(indices_bk), optimize=True)
-  np.testing.assert_allclose(out_ld, expected, **TOLERANCE)
+  out_ld = jax.jit(chosen.add_outers)((w_ld, 2 * w_ld), (values_bk, -values_bk), (x_bd, 3 * x_bd), indices_bk)
+  added_ld = np.einsum('bk,bd,bkl->ld', values_bk, x_bd, one_hot(indices_bk), optimize=True)
+  np.testing.assert_allclose(out_ld[0], w64 + added_ld, **TOLERANCE)
+  np.testing.assert_allclose(out_ld[1], 2 * w64 - 3 * added_ld, rtol=2e-5, atol=1e-4)
 
 
 @KINDS

@@ -1,7 +1,9 @@
 """The learning rate rises, stays and falls as said; Adam takes it; what does not fit raises."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jax_interp.sae import optimizer
@@ -28,6 +30,21 @@ def test_adam_moves_by_the_rate_where_gradients_are_constant():
     updates, state = tx.update(grads, state, params)
     moved.append(float(updates['x'][0]))
   np.testing.assert_allclose(moved, [-0.5, -1, -1, -1, -1, -0.5], rtol=1e-4)
+
+
+def test_adam_is_that_of_float64_and_its_state_is_optaxs():
+  rng = np.random.default_rng(0)
+  b1, b2, eps, rate = 0.9, 0.999, 1e-3, 1e-2
+  tx, params = optimizer.adam(rate, eps=eps), {'x': jnp.zeros(50)}
+  state, m, v = tx.init(params), 0, 0
+  assert jax.tree.structure(state[1]) == jax.tree.structure(optax.adam(lambda step: rate).init(params))
+  for t in range(1, 21):
+    grads = (rng.normal(size=50) * 10.0 ** rng.integers(-4, 2, size=50)).astype(np.float32)
+    moved, state = tx.update({'x': jnp.asarray(grads)}, state)
+    grads = grads.astype(np.float64)
+    m, v = b1 * m + (1 - b1) * grads, b2 * v + (1 - b2) * grads**2
+    expected = -rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    np.testing.assert_allclose(moved['x'], expected, rtol=3e-6, atol=1e-9, err_msg=f'step {t}')
 
 
 def test_the_rate_falls_with_the_root_of_the_latents():
