@@ -27,9 +27,7 @@ UNROLL = 16
 # Tokens whose rows are added to two gradients at a time, in two halves: so many operations are in the loop then, and so
 # little is written between them, that a CPU makes both gradients side by side; with fewer or more parts it does not.
 ADD_ROWS = 1024
-DOT_ROWS = (
-  64  # on a CPU, tokens whose k rows are gathered together, [64, k, d], for their products with one vector each
-)
+DOT_ROWS = 64  # on a CPU, tokens whose k rows are gathered together, [64, k, d], to be multiplied with vectors of each
 SPARE_CANDIDATES = 16  # beyond k, taken by products in bfloat16: of them the k largest in float32 are exact
 PROBE_ROWS, PROBE_REPEATS = 1024, 3
 
@@ -51,11 +49,14 @@ class Kernels(NamedTuple):
     dot: (x_bd, w_ld, indices_bk) to out_bk = <x_b, w[indices_bk]>.
     add_outers: (totals_ld, values_bk, x_bd, indices_bk), tuples of as many each but for the indices, to the tuple of
       total_ld + the sum of values_bk x_bd over all b and k with indices_bk = l.
+    error_and_dot: (values_bk, w_ld, indices_bk, target_bd) to error_bd = target_bd - weighted_sum, and its `dot` with
+      the same rows; None where that is not faster than one after the other.
   """
 
   weighted_sum: Callable
   dot: Callable
   add_outers: Callable
+  error_and_dot: Callable | None = None
 
 
 def _rows(w_ld, indices):
@@ -97,6 +98,23 @@ def _sparse_dot(x_bd, w_ld, indices_bk):
   # An accelerator's compiler gathers within the sum; a CPU's would do it one number at a time.
   fused = lambda x_bd, w_ld, indices_bk: jnp.sum(x_bd[:, None] * _rows(w_ld, indices_bk), axis=-1)
   return jax.lax.platform_dependent(x_bd, w_ld, indices_bk, cpu=blocked, default=fused)
+
+
+def _sparse_error_and_dot(values_bk, w_ld, indices_bk, target_bd):
+  def block(values_bk, indices_bk, target_bd, w_ld):
+    rows_bkd = _rows(w_ld, indices_bk)
+    error_bd = target_bd - jnp.einsum('bk,bkd->bd', values_bk, rows_bkd)
+    return error_bd, jnp.einsum('bd,bkd->bk', error_bd, rows_bkd)
+
+  def blocked(*args):
+    *arrays, w_ld = args
+    return _in_blocks(functools.partial(block, w_ld=w_ld), DOT_ROWS, *arrays)
+
+  def one_by_one(values_bk, indices_bk, target_bd, w_ld):
+    error_bd = target_bd - _sparse_weighted_sum(values_bk, w_ld, indices_bk)
+    return error_bd, _sparse_dot(error_bd, w_ld, indices_bk)
+
+  return jax.lax.platform_dependent(values_bk, indices_bk, target_bd, w_ld, cpu=blocked, default=one_by_one)
 
 
 def _sparse_add_outers(totals_ld, values_bk, x_bd, indices_bk):
@@ -168,7 +186,7 @@ def _one_by_one(add_outer):
 
 
 KERNELS = {
-  'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers),
+  'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers, _sparse_error_and_dot),
   'sorted': Kernels(_sparse_weighted_sum, _sparse_dot, _one_by_one(_sorted_add_outer)),
   'dense': Kernels(_dense_weighted_sum, _dense_dot, _one_by_one(_dense_add_outer)),
 }
@@ -206,9 +224,12 @@ def decode_and_dz(
   decoder_ld: jax.Array,
   row_scale_l: jax.Array | None,
   indices_bk: jax.Array,
-  grad_of: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the gradients of the values, and what `grad_of` returns.
+  target_bd: jax.Array,
+  axis: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns error_bd, the target minus what all latents write, and its products [b, k] with the rows of these latents.
+
+  The gradient of the values is that of the loss with respect to the error's square, times -2 times these products.
 
   Args:
     kernels: of `KERNELS`.
@@ -216,11 +237,17 @@ def decode_and_dz(
     decoder_ld: this shard's rows.
     row_scale_l: what the rows are multiplied by; None for 1.
     indices_bk: whose latents they are.
-    grad_of: takes what these latents write, [b, d], to the loss's gradient with respect to it and anything else.
+    target_bd: what they reconstruct.
+    axis: of the mesh, over which shards add what they write; None where this is the only one.
   """
   scale_bk = 1 if row_scale_l is None else _rows(row_scale_l, indices_bk)
-  grad_bd, other = grad_of(kernels.weighted_sum(values_bk * scale_bk, decoder_ld, indices_bk))
-  return kernels.dot(grad_bd, decoder_ld, indices_bk) * scale_bk, grad_bd, other
+  scaled_bk, several = values_bk * scale_bk, axis is not None and jax.lax.axis_size(axis) > 1
+  total = (lambda x: jax.lax.psum(x, axis)) if axis else lambda x: x
+  if kernels.error_and_dot and not several:
+    error_bd, products_bk = kernels.error_and_dot(scaled_bk, decoder_ld, indices_bk, target_bd)
+    return total(error_bd), products_bk * scale_bk
+  error_bd = target_bd - total(kernels.weighted_sum(scaled_bk, decoder_ld, indices_bk))
+  return error_bd, kernels.dot(error_bd, decoder_ld, indices_bk) * scale_bk
 
 
 def sparse_update(
@@ -266,10 +293,9 @@ def fastest(n_latents: int, d: int, k: int) -> str:
   def seconds(kernels):
     @jax.jit
     def run(values_bk, w_ld, x_bd, indices_bk):
-      grad_of = lambda recons_bd: (x_bd - recons_bd, None)
-      dz_bk, grad_bd, _ = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, grad_of)
+      error_bd, dz_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
       grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
-      grads = sparse_update(kernels, grads, values_bk, dz_bk, indices_bk, x_bd, grad_bd)
+      grads = sparse_update(kernels, grads, values_bk, dz_bk, indices_bk, x_bd, error_bd)
       return jax.tree.map(jnp.sum, grads)  # not the gradients: allocating results would be most of the time
 
     times = []

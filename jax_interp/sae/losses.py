@@ -126,18 +126,16 @@ def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scal
   masks = wins(preacts_bk, ks)
   values_bk = jax.nn.relu(preacts_bk)
 
+  written_bd = target_bd - constant_bd  # by latents, were they perfect
   losses, errors, updates = [], [], []
   for (k, weight), mask_bk in zip(recipe.levels, masks, strict=True):
-
-    def grad_of(local_bd, weight=weight):
-      error_bd = target_bd - (jax.lax.psum(local_bd, 'model') + constant_bd)
-      return -2 * weight * mse_scale / (n_tokens * error_bd.shape[1]) * error_bd, error_bd
-
     # In a shard's descending candidates the winners come first, so no more than k need a look, and mostly far fewer.
     kept_bk, level_bk = jnp.where(mask_bk, values_bk, 0)[:, :k], indices_bk[:, :k]
     few = _for_winners(run, mask_bk, k)
-    dz_bk, grad_bd, error_bd = kernels.decode_and_dz(few, kept_bk, decoder_ld, row_scale_l, level_bk, grad_of)
-    updates.append((few, kept_bk, jnp.where(kept_bk > 0, dz_bk, 0), level_bk, centred_bd, grad_bd))
+    error_bd, products_bk = kernels.decode_and_dz(few, kept_bk, decoder_ld, row_scale_l, level_bk, written_bd, 'model')
+    slope = -2 * weight * mse_scale / (n_tokens * error_bd.shape[1])
+    dz_bk = jnp.where(kept_bk > 0, slope * products_bk, 0)
+    updates.append((few, kept_bk, dz_bk, level_bk, centred_bd, slope * error_bd))
     errors.append(error_bd)
     losses.append(mse_scale * _mse(error_bd))
 

@@ -59,8 +59,8 @@ def test_a_step_of_gradients_is_that_of_dense_autodiff(kind, scaled):
 
   @jax.jit
   def ours():
-    grad_of = lambda recons_bd: (recons_bd - target_bd, recons_bd)
-    dz_bk, grad_bd, recons_bd = kernels.decode_and_dz(chosen, values_bk, decoder_ld, scale_l, indices_bk, grad_of)
+    error_bd, products_bk = kernels.decode_and_dz(chosen, values_bk, decoder_ld, scale_l, indices_bk, target_bd)
+    dz_bk, grad_bd, recons_bd = -products_bk, -error_bd, target_bd - error_bd
     zeros = kernels.Gradients(*(jnp.zeros(shape) for shape in ((L, D), (L, D), L, L)))
     return recons_bd, dz_bk, kernels.sparse_update(chosen, zeros, values_bk, dz_bk, indices_bk, x_bd, grad_bd)
 
