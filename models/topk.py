@@ -68,7 +68,7 @@ def _maxima_first(x_bmg, k):
 def _topk_of_maxima(maxima_bg, k):
   """Returns values_bk and groups_bk of the k largest; in the middle of equal ones in any order."""
   n_rows, n_groups = maxima_bg.shape
-  n_first = max(n for n in range(1, 2 * k) if n_groups % n == 0)
+  n_first = max(n for n in range(1, 3 * k // 2 + 1) if n_groups % n == 0)
   n_members = n_groups // n_first
   if n_groups >= MIN_GROUPS_PER_K * k * GROUP_SIZE or n_members > MAX_MEMBERS:
     return local_topk(maxima_bg, k)
