@@ -47,7 +47,7 @@ def _maxima_first(x_bmg, k):
   """Returns values_bk and places_bk of the k largest of x_bmg, flattened, in descending order; ties are in any order.
 
   On a CPU top-k is a heap, which is quick to see that a number does not belong there, and slow to take up one that
-  does, so that the maximum of every group comes before all else.
+  does: the maximum of every group comes first, and little that follows belongs there.
   """
   n_rows, n_members, n_groups = x_bmg.shape
 
@@ -66,7 +66,7 @@ def _maxima_first(x_bmg, k):
 
 
 def _topk_of_maxima(maxima_bg, k):
-  """Returns values_bk and groups_bk of the k largest; in the middle of equal ones in any order."""
+  """Returns values_bk and groups_bk of the k largest in descending order; ties are in any order."""
   n_rows, n_groups = maxima_bg.shape
   n_first = max(n for n in range(1, 3 * k // 2 + 1) if n_groups % n == 0)
   n_members = n_groups // n_first
