@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from models import sharding
 
 GROUP_SIZE = 16  # the fastest of 8 to 32 on a CPU at 2,048 to 24,576 latents
+FIRST_PER_K = 1.5  # at most so many maxima come first: the fastest of 0.5 to 8 on a CPU, at 512 to 2,048 groups
 MIN_GROUPS_PER_K = 4  # with fewer groups than this times k, choosing the groups costs what it saves
 RADIX_BITS = 3  # a round: the fastest of 2 to 6 on a CPU, where more edges cost more than fewer passes save
-MAX_MEMBERS = 64  # of a group whose maximum comes first: compiling takes as long as there are
 KEY_BITS = 32
 RING = 2  # an all-reduce moves each number twice, to sum it and to spread the sum; an all-gather moves it once
 MAX_COUNT = 2**31 - 1
@@ -47,7 +47,8 @@ def _maxima_first(x_bmg, k):
   """Returns values_bk and places_bk of the k largest of x_bmg, flattened, in descending order; ties are in any order.
 
   On a CPU top-k is a heap, which is quick to see that a number does not belong there, and slow to take up one that
-  does: the maximum of every group comes first, and little that follows belongs there.
+  does: the maximum of every group comes first, and little that follows belongs there. There must be no NaN. Where -inf
+  is among the k largest, places may come twice, and a zero may be of the other sign: callers take both for ties.
   """
   n_rows, n_members, n_groups = x_bmg.shape
 
@@ -66,13 +67,13 @@ def _maxima_first(x_bmg, k):
 
 
 def _topk_of_maxima(maxima_bg, k):
-  """Returns values_bk and groups_bk of the k largest in descending order; ties are in any order."""
+  """Returns values_bk and groups_bk of the k largest in descending order, of equal ones any."""
   n_rows, n_groups = maxima_bg.shape
-  n_first = max(n for n in range(1, 3 * k // 2 + 1) if n_groups % n == 0)
-  n_members = n_groups // n_first
-  if n_groups >= MIN_GROUPS_PER_K * k * GROUP_SIZE or n_members > MAX_MEMBERS:
+  n_first = max(n for n in range(1, int(FIRST_PER_K * k) + 1) if n_groups % n == 0)
+  # So many that two stages pay again, or of a number that cannot be cut evenly.
+  if n_groups >= MIN_GROUPS_PER_K * k * GROUP_SIZE or n_first < k // 2:
     return local_topk(maxima_bg, k)
-  return _maxima_first(maxima_bg.reshape(n_rows, n_members, n_first), k)
+  return _maxima_first(maxima_bg.reshape(n_rows, -1, n_first), k)
 
 
 def local_topk(x_bl: jax.Array, k: int, bias_l: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -8,6 +8,7 @@ and `fastest` measures it. All give the same numbers, up to the order of sums. K
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,10 +25,11 @@ BLOCK_ROWS, ACCELERATOR_BLOCK_ROWS = 1024, 8192
 # Gathers of that many of a token's k rows become one loop over [b, d]: on a CPU twice as fast as one row at a time.
 # All k at once are no faster, and compiling takes as long as there are terms.
 UNROLL = 16
-# Tokens whose rows are added to two gradients at a time, in two halves: so many operations are in the loop then, and so
-# little is written between them, that a CPU makes both gradients side by side; with fewer or more parts it does not.
+# On a CPU, tokens whose rows are added to two gradients at a time, in two halves: XLA (jax 0.10.2) makes the gradients
+# on two threads where a loop has enough operations, and with so few tokens little between them leaves the cache. One
+# part or four are slower, and so are 512 tokens.
 ADD_ROWS = 1024
-DOT_ROWS = 64  # on a CPU, tokens whose k rows are gathered together, [64, k, d], to be multiplied with vectors of each
+DOT_ROWS = 64  # on a CPU, tokens whose k rows are gathered together, [64, k, d]
 SPARE_CANDIDATES = 16  # beyond k, taken by products in bfloat16: of them the k largest in float32 are exact
 PROBE_ROWS, PROBE_REPEATS = 1024, 3
 
@@ -50,13 +52,13 @@ class Kernels(NamedTuple):
     add_outers: (totals_ld, values_bk, x_bd, indices_bk), tuples of as many each but for the indices, to the tuple of
       total_ld + the sum of values_bk x_bd over all b and k with indices_bk = l.
     error_and_dot: (values_bk, w_ld, indices_bk, target_bd) to error_bd = target_bd - weighted_sum, and its `dot` with
-      the same rows; None where that is not faster than one after the other.
+      the same rows.
   """
 
   weighted_sum: Callable
   dot: Callable
   add_outers: Callable
-  error_and_dot: Callable | None = None
+  error_and_dot: Callable
 
 
 def _rows(w_ld, indices):
@@ -71,23 +73,20 @@ def _in_blocks(f, n_rows, *arrays):
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
 
 
-def _fold_over_k(add, total, values_bk, indices_bk, unroll):
-  """Scans total = add(total, pairs of values_b and indices_b) over k, `unroll` pairs at a time."""
-  k = values_bk.shape[1]
-  first = k % unroll or unroll
-  pairs = list(zip(values_bk.T, indices_bk.T, strict=True))
-  # The first terms come before the scan, so that the carry varies over the mesh axes of its terms from the start.
-  total = add(total, pairs[:first])
-  if first == k:
-    return total
-  chunks = tuple(x.T[first:].reshape(-1, unroll, len(x)) for x in (values_bk, indices_bk))
-  step = lambda total, chunk: (add(total, list(zip(*chunk, strict=True))), None)
-  return jax.lax.scan(step, total, chunks)[0]
-
-
 def _sparse_weighted_sum(values_bk, w_ld, indices_bk):
-  add = lambda total, pairs: total + sum(values_b[:, None] * _rows(w_ld, indices_b) for values_b, indices_b in pairs)
-  return _fold_over_k(add, 0, values_bk, indices_bk, UNROLL)
+  def add(out_bd, terms):
+    values_ub, indices_ub = terms
+    rows = zip(values_ub, indices_ub, strict=True)
+    return out_bd + sum(values_b[:, None] * _rows(w_ld, indices_b) for values_b, indices_b in rows), None
+
+  # The first terms come before the scan, so that the carry varies over the mesh axes of its terms from the start.
+  values_kb, indices_kb = values_bk.T, indices_bk.T
+  first = len(values_kb) % UNROLL or UNROLL
+  out_bd, _ = add(0, (values_kb[:first], indices_kb[:first]))
+  if first == len(values_kb):
+    return out_bd
+  chunks = tuple(x[first:].reshape(-1, UNROLL, x.shape[1]) for x in (values_kb, indices_kb))
+  return jax.lax.scan(add, out_bd, chunks)[0]
 
 
 def _sparse_dot(x_bd, w_ld, indices_bk):
@@ -100,44 +99,53 @@ def _sparse_dot(x_bd, w_ld, indices_bk):
   return jax.lax.platform_dependent(x_bd, w_ld, indices_bk, cpu=blocked, default=fused)
 
 
+def _one_after_other(weighted_sum, dot):
+  def error_and_dot(values_bk, w_ld, indices_bk, target_bd):
+    error_bd = target_bd - weighted_sum(values_bk, w_ld, indices_bk)
+    return error_bd, dot(error_bd, w_ld, indices_bk)
+
+  return error_and_dot
+
+
 def _sparse_error_and_dot(values_bk, w_ld, indices_bk, target_bd):
-  def block(values_bk, indices_bk, target_bd, w_ld):
-    rows_bkd = _rows(w_ld, indices_bk)
-    error_bd = target_bd - jnp.einsum('bk,bkd->bd', values_bk, rows_bkd)
-    return error_bd, jnp.einsum('bd,bkd->bk', error_bd, rows_bkd)
+  def blocked(values_bk, w_ld, indices_bk, target_bd):
+    def block(values_bk, indices_bk, target_bd):
+      rows_bkd = _rows(w_ld, indices_bk)
+      error_bd = target_bd - jnp.einsum('bk,bkd->bd', values_bk, rows_bkd)
+      return error_bd, jnp.einsum('bd,bkd->bk', error_bd, rows_bkd)
 
-  def blocked(*args):
-    *arrays, w_ld = args
-    return _in_blocks(functools.partial(block, w_ld=w_ld), DOT_ROWS, *arrays)
+    return _in_blocks(block, DOT_ROWS, values_bk, indices_bk, target_bd)
 
-  def one_by_one(values_bk, indices_bk, target_bd, w_ld):
-    error_bd = target_bd - _sparse_weighted_sum(values_bk, w_ld, indices_bk)
-    return error_bd, _sparse_dot(error_bd, w_ld, indices_bk)
-
-  return jax.lax.platform_dependent(values_bk, indices_bk, target_bd, w_ld, cpu=blocked, default=one_by_one)
+  default = _one_after_other(_sparse_weighted_sum, _sparse_dot)
+  return jax.lax.platform_dependent(values_bk, w_ld, indices_bk, target_bd, cpu=blocked, default=default)
 
 
 def _sparse_add_outers(totals_ld, values_bk, x_bd, indices_bk):
-  b = len(indices_bk)
-  n_rows = ADD_ROWS if b % ADD_ROWS == 0 else b
-  halves = [slice(0, n_rows // 2), slice(n_rows // 2, n_rows)]
+  def in_parts(n_rows, n_parts, totals_ld, values_bk, x_bd, indices_bk):
+    n_rows = n_rows if len(indices_bk) % n_rows == 0 else len(indices_bk)
+    ends = [n_rows * i // n_parts for i in range(n_parts + 1)]
+    parts = [slice(*of) for of in itertools.pairwise(ends)]
 
-  def add_block(totals_ld, block):
-    values_bk, x_bd, indices_bk = block
+    def add_block(totals_ld, block):
+      values_bk, x_bd, indices_bk = block
 
-    def add(totals_ld, terms):
-      *values_b, indices_b = terms
-      for half in halves:
-        totals_ld = tuple(
-          total_ld.at[indices_b[half]].add(value_b[half, None] * x[half], mode='promise_in_bounds')
-          for total_ld, value_b, x in zip(totals_ld, values_b, x_bd, strict=True)
-        )
-      return totals_ld, None
+      def add(totals_ld, terms):
+        *values_b, indices_b = terms
+        for part in parts:
+          totals_ld = tuple(
+            total_ld.at[indices_b[part]].add(value_b[part, None] * x[part], mode='promise_in_bounds')
+            for total_ld, value_b, x in zip(totals_ld, values_b, x_bd, strict=True)
+          )
+        return totals_ld, None
 
-    return jax.lax.scan(add, totals_ld, tuple(a.T for a in (*values_bk, indices_bk)))
+      return jax.lax.scan(add, totals_ld, tuple(a.T for a in (*values_bk, indices_bk)))
 
-  blocks = jax.tree.map(lambda a: a.reshape(-1, n_rows, a.shape[1]), (values_bk, x_bd, indices_bk))
-  return jax.lax.scan(add_block, totals_ld, blocks)[0]
+    blocks = jax.tree.map(lambda a: a.reshape(-1, n_rows, a.shape[1]), (values_bk, x_bd, indices_bk))
+    return jax.lax.scan(add_block, totals_ld, blocks)[0]
+
+  cpu = functools.partial(in_parts, ADD_ROWS, 2)
+  default = functools.partial(in_parts, len(indices_bk), 1)
+  return jax.lax.platform_dependent(totals_ld, values_bk, x_bd, indices_bk, cpu=cpu, default=default)
 
 
 def _sorted_add_outer(total_ld, values_bk, x_bd, indices_bk):
@@ -187,8 +195,18 @@ def _one_by_one(add_outer):
 
 KERNELS = {
   'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers, _sparse_error_and_dot),
-  'sorted': Kernels(_sparse_weighted_sum, _sparse_dot, _one_by_one(_sorted_add_outer)),
-  'dense': Kernels(_dense_weighted_sum, _dense_dot, _one_by_one(_dense_add_outer)),
+  'sorted': Kernels(
+    _sparse_weighted_sum,
+    _sparse_dot,
+    _one_by_one(_sorted_add_outer),
+    _one_after_other(_sparse_weighted_sum, _sparse_dot),
+  ),
+  'dense': Kernels(
+    _dense_weighted_sum,
+    _dense_dot,
+    _one_by_one(_dense_add_outer),
+    _one_after_other(_dense_weighted_sum, _dense_dot),
+  ),
 }
 
 
@@ -227,9 +245,9 @@ def decode_and_dz(
   target_bd: jax.Array,
   axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns error_bd, the target minus what all latents write, and its products [b, k] with the rows of these latents.
+  """Returns error_bd, the target minus what all latents write, and its products_bk with the rows of these latents.
 
-  The gradient of the values is that of the loss with respect to the error's square, times -2 times these products.
+  Of a loss c * sum(error_bd^2), the gradient of the values, dz_bk, is -2 c products_bk.
 
   Args:
     kernels: of `KERNELS`.
@@ -241,12 +259,12 @@ def decode_and_dz(
     axis: of the mesh, over which shards add what they write; None where this is the only one.
   """
   scale_bk = 1 if row_scale_l is None else _rows(row_scale_l, indices_bk)
-  scaled_bk, several = values_bk * scale_bk, axis is not None and jax.lax.axis_size(axis) > 1
-  total = (lambda x: jax.lax.psum(x, axis)) if axis else lambda x: x
-  if kernels.error_and_dot and not several:
+  scaled_bk = values_bk * scale_bk
+  if axis is None or jax.lax.axis_size(axis) == 1:
     error_bd, products_bk = kernels.error_and_dot(scaled_bk, decoder_ld, indices_bk, target_bd)
-    return total(error_bd), products_bk * scale_bk
-  error_bd = target_bd - total(kernels.weighted_sum(scaled_bk, decoder_ld, indices_bk))
+    # Over one shard, psum only tells that the error is that of all.
+    return error_bd if axis is None else jax.lax.psum(error_bd, axis), products_bk * scale_bk
+  error_bd = target_bd - jax.lax.psum(kernels.weighted_sum(scaled_bk, decoder_ld, indices_bk), axis)
   return error_bd, kernels.dot(error_bd, decoder_ld, indices_bk) * scale_bk
 
 
@@ -293,9 +311,9 @@ def fastest(n_latents: int, d: int, k: int) -> str:
   def seconds(kernels):
     @jax.jit
     def run(values_bk, w_ld, x_bd, indices_bk):
-      error_bd, dz_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
+      error_bd, products_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
       grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
-      grads = sparse_update(kernels, grads, values_bk, dz_bk, indices_bk, x_bd, error_bd)
+      grads = sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
       return jax.tree.map(jnp.sum, grads)  # not the gradients: allocating results would be most of the time
 
     times = []

@@ -126,13 +126,15 @@ def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scal
   masks = wins(preacts_bk, ks)
   values_bk = jax.nn.relu(preacts_bk)
 
-  written_bd = target_bd - constant_bd  # by latents, were they perfect
+  latents_target_bd = target_bd - constant_bd
   losses, errors, updates = [], [], []
   for (k, weight), mask_bk in zip(recipe.levels, masks, strict=True):
     # In a shard's descending candidates the winners come first, so no more than k need a look, and mostly far fewer.
     kept_bk, level_bk = jnp.where(mask_bk, values_bk, 0)[:, :k], indices_bk[:, :k]
     few = _for_winners(run, mask_bk, k)
-    error_bd, products_bk = kernels.decode_and_dz(few, kept_bk, decoder_ld, row_scale_l, level_bk, written_bd, 'model')
+    error_bd, products_bk = kernels.decode_and_dz(
+      few, kept_bk, decoder_ld, row_scale_l, level_bk, latents_target_bd, 'model'
+    )
     slope = -2 * weight * mse_scale / (n_tokens * error_bd.shape[1])
     dz_bk = jnp.where(kept_bk > 0, slope * products_bk, 0)
     updates.append((few, kept_bk, dz_bk, level_bk, centred_bd, slope * error_bd))
@@ -162,12 +164,10 @@ def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scal
   grads, bias_grad_d = _over_data(jax.lax.psum, (grads, bias_grad_d))
 
   # A gradient of [batch, d] is not needed: what the encoder read is x - pre_bias for every token.
+  # All that is read is read before the gradients are used, or weights would be copied before they change, and squares
+  # be written to memory for the norm and for Adam alike.
   squares_l = sum(jnp.einsum('ld,ld->l', g, g) for g in grads[:2]) + grads.latent_bias_l**2 - grads.along_l**2
-  # Squares are taken before the gradients are used, or they would be written to memory for the norm and for Adam alike.
   read_d, squares_l, grads = jax.lax.optimization_barrier((grads.latent_bias_l @ encoder_ld, squares_l, grads))
-  # The encoder changes in place, without a copy, where all that reads it comes before: what it would be multiplied by
-  # if this were a NaN is a NaN all the same.
-  grads = grads._replace(encoder_ld=grads.encoder_ld * jnp.where(jnp.isnan(read_d[0]), jnp.nan, 1))
   pre_bias_grad_d = -jax.lax.psum(read_d, 'model')
   grads_of = jax.tree.map(jnp.zeros_like, sae)
   grads_of.encoder[...], grads_of.decoder[...], grads_of.latent_bias[...] = grads[:3]
@@ -219,6 +219,7 @@ def _for_winners(run, mask_bk, k) -> kernels.Kernels:
     lambda totals_ld, values_bk, x_bd, indices_bk: narrowed(
       lambda *few: run.add_outers(totals_ld, few[:-1], x_bd, few[-1]), *values_bk, indices_bk
     ),
+    run.error_and_dot,  # is of one shard, which has all winners
   )
 
 
@@ -243,7 +244,8 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
       (mask_bk,) = wins(values_bk, (recipe.auxk,))
       latents_bc = jnp.where(scatter_mask(indices_bk, mask_bk, n_bucket), latents_bc, 0)
     recons_bd = jax.lax.psum(latents_bc @ decoder_cd, 'model') + bias_d
-    auxk = jnp.where(target_variance > 0, _mse(recons_bd - target_bd) / target_variance, 0)
+    varies = target_variance > 0  # a batch of one token does not
+    auxk = jnp.where(varies, _mse(recons_bd - target_bd) / jnp.where(varies, target_variance, 1), 0)
     return recipe.auxk_coef * auxk, auxk
 
   def with_bucket(n_bucket):

@@ -70,21 +70,22 @@ def adam(
     n_steps=n_steps,
   )
   clipped = optax.clip_by_global_norm(clip) if clip else optax.identity()
+  # Nested, so that the state is built as that of `optax.adam`.
   return optax.chain(clipped, optax.chain(_scale_by_adam(b1, b2, eps), optax.scale_by_learning_rate(rate)))
 
 
 def _scale_by_adam(b1, b2, eps):
-  """Is `optax.scale_by_adam` with the corrections for the moments' start in scalars, and these to all digits.
+  """Returns `optax.scale_by_adam` with the corrections for the moments' start in scalars, and these to all digits.
 
   m / c1 / (sqrt(v / c2) + eps) is sqrt(c2) / c1 * m / (sqrt(v) + eps sqrt(c2)): one division a weight, not two. Of
-  c = 1 - b^t, float32 would lose five digits at the first steps.
+  c = 1 - b^t, float32 would keep only five digits at the first steps.
   """
 
   def update(grads, state, params=None):
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    c1, c2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
+    c1, c2 = (-jnp.expm1(count * math.log(b)) if b else 1 for b in (b1, b2))
     scale, eps_v = c2**0.5 / c1, eps * c2**0.5
     updates = jax.tree.map(lambda m, v: scale * (m / (jnp.sqrt(v) + eps_v)), mu, nu)
     return updates, optax.ScaleByAdamState(count, mu, nu)

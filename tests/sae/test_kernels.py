@@ -17,6 +17,7 @@ TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
 def small_blocks(monkeypatch):
   monkeypatch.setattr(kernels, 'BLOCK_ROWS', 32)
   monkeypatch.setattr(kernels, 'DOT_ROWS', 16)
+  monkeypatch.setattr(kernels, 'ADD_ROWS', 32)
   monkeypatch.setattr(kernels, 'UNROLL', 8)
 
 
@@ -33,7 +34,7 @@ def one_hot(indices_bk):
 
 @KINDS
 @pytest.mark.parametrize('k', [1, 8, K])
-@pytest.mark.parametrize('n_rows', [B, 40])
+@pytest.mark.parametrize('n_rows', [B, 40, 33, 1])
 def test_products_with_a_few_rows(kind, k, n_rows):
   x_bd, w_ld, values_bk, indices_bk = arrays()
   x_bd, values_bk, indices_bk = x_bd[:n_rows], values_bk[:n_rows, :k], indices_bk[:n_rows, :k]

@@ -1,5 +1,7 @@
 """The losses and gradients of the sharded, sparse training pass are those of the dense formulas in float64."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,13 @@ def test_auxk_reaches_the_encoder_of_dead_latents_and_only_theirs():
     rows = difference.reshape(L, -1).max(1)
     assert rows[SILENT[:3]].max() > 1e-4
     assert np.delete(rows, SILENT[:3]).max() < 1e-7
+
+
+def test_auxk_of_one_token_is_nothing_and_no_nan(monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], 'X', X[:1])
+  metrics, _, grads = ours((1, 1), CLOCKS['many'], losses.TopK(TOPK, auxk=8, dead_tokens=DEAD), target=X[:1])
+  assert metrics['auxk'] == 0
+  assert all(np.isfinite(grad).all() for grad in grads.values())
 
 
 def test_nothing_dead_adds_exactly_nothing():

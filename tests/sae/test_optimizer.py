@@ -32,10 +32,10 @@ def test_adam_moves_by_the_rate_where_gradients_are_constant():
   np.testing.assert_allclose(moved, [-0.5, -1, -1, -1, -1, -0.5], rtol=1e-4)
 
 
-def test_adam_is_that_of_float64_and_its_state_is_optaxs():
-  rng = np.random.default_rng(0)
-  b1, b2, eps, rate = 0.9, 0.999, 1e-3, 1e-2
-  tx, params = optimizer.adam(rate, eps=eps), {'x': jnp.zeros(50)}
+@pytest.mark.parametrize(('b1', 'b2'), [(0.9, 0.999), (0.0, 0.9)])
+def test_adam_is_that_of_float64_and_its_state_is_optaxs(b1, b2):
+  rng, eps, rate = np.random.default_rng(0), 1e-3, 1e-2
+  tx, params = optimizer.adam(rate, eps=eps, b1=b1, b2=b2), {'x': jnp.zeros(50)}
   state, m, v = tx.init(params), 0, 0
   assert jax.tree.structure(state[1]) == jax.tree.structure(optax.adam(lambda step: rate).init(params))
   for t in range(1, 21):

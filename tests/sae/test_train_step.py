@@ -80,6 +80,14 @@ def test_no_collective_moves_pre_activations_and_nothing_is_sorted():
   assert not any({B, B // 2} & set(shape) and {L, L // 2} & set(shape) for shape in shapes)
 
 
+def test_weights_change_in_place():
+  tx, objective = optimizer.adam(1e-3, warmup_steps=2), losses.TopK(((K, 1.0),), auxk=0)
+  with jax.set_mesh(sharding.make_mesh()):
+    hlo = train_step.train_steps.lower(start(tx, ema=0), activations(1), tx, objective).compile().as_text()
+  copied = re.findall(rf'= f32\[{L},{D}\]\S* copy\(%(\S+)\)', hlo)
+  assert [name for name in copied if 'broadcast' not in name] == []  # but for zeros, which two gradients begin with
+
+
 def test_the_decoder_keeps_unit_norm_and_its_update_is_across_its_rows(mesh):
   learning_rate = 1e-3
   tx = optax.sgd(learning_rate)
