@@ -56,8 +56,8 @@ def _step_jvp(primals, tangents):
 class JumpReLU:
   """A recipe: E|x - recons|^2 + coef * sparsity, where sparsity is one of three.
 
-  'l0': E L0 (Rajamanoharan et al. 2024b). 'target': (E L0 / target_l0 - 1)^2, which draws L0 there; thresholds need many
-  steps to follow. 'tanh': E sum_l tanh(tanh_scale |decoder_l| latents_l), and preact_coef E sum_l relu(threshold_l -
+  'l0': E L0 (Rajamanoharan et al. 2024b). 'target': (E L0 / target_l0 - 1)^2, which draws L0 there in many
+  steps. 'tanh': E sum_l tanh(tanh_scale |decoder_l| latents_l), and preact_coef E sum_l relu(threshold_l -
   preacts_l) |decoder_l|, which draws dead latents back (Anthropic, January 2025 update). Under 'l0' and 'target' the
   decoder's rows are at unit norm, under 'tanh' they are free.
 
