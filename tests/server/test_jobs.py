@@ -141,7 +141,7 @@ def test_what_is_cheap_never_waits(client, url):
     events = _events(busy)
     next(events)
     start = time.monotonic()
-    for _ in range(10):
+    for _ in range(2):  # far quicker than the job, on a busy machine too
       assert httpx.get(f'{url}/api/model').status_code == 200
       assert httpx.post(f'{url}/api/tokenize', json={'text': 'abc'}).status_code == 200
       assert httpx.get(f'{url}/api/components/latent/{stubs.LATENTS}/0').status_code == 200
