@@ -86,7 +86,8 @@ def local_batch(batch_size: int) -> int:
     ValueError: the data axis does not divide batch_size, or the processes do not hold whole rows of it, each as many.
   """
   sharding.check_divides('batch_size', batch_size, 'data')
-  n_processes, devices = jax.process_count(), jax.sharding.get_mesh().devices
+  devices = jax.sharding.get_mesh().devices
+  n_processes = len({device.process_index for device in devices.flat})
   owners = [{device.process_index for device in row} for row in devices]
   n_rows = collections.Counter(min(row) for row in owners)
   if max(map(len, owners)) > 1 or len(n_rows) < n_processes or len(set(n_rows.values())) > 1:

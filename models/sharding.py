@@ -7,6 +7,7 @@ in SmolLM2): their kernels are then cut along the heads' channels. The mesh is a
 """
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = {'batch': 'data', 'head': 'model', 'neuron': 'model', 'latent': 'model'}
@@ -27,6 +28,25 @@ def make_mesh(data: int = 1, model: int = 1) -> jax.sharding.Mesh:
     )
   devices = jax.devices()[: data * model]
   return jax.make_mesh((data, model), ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2, devices=devices)
+
+
+def own_mesh() -> jax.sharding.Mesh:
+  """Returns the mesh of those devices of the ambient one that this process holds: with one process, the same devices.
+
+  What runs on it waits for no other process, so that processes need not run such programs in the same order.
+
+  Raises:
+    ValueError: this process holds more devices of one row of the data axis than of another.
+  """
+  devices = jax.sharding.get_mesh().devices
+  rows = [[device for device in row if device.process_index == jax.process_index()] for row in devices]
+  rows = [row for row in rows if row]
+  if len({len(row) for row in rows}) != 1:
+    raise ValueError(
+      f'of a mesh of {"x".join(map(str, devices.shape))} process {jax.process_index()} holds no rectangle; choose '
+      'mesh.data x mesh.model as all devices'
+    )
+  return jax.sharding.Mesh(np.array(rows), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def spec(dims: str) -> PartitionSpec:

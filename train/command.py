@@ -36,6 +36,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds after which a silent process is taken for dead.')
 
 TRAINED = 'trained'
+GROWING = 'growing'  # in a folder where train.grow has begun and not ended
+_OF_NOTHING_YET = {'config.json', 'config.json.partial', 'lock', GROWING}  # files of a stage that has made nothing
 _stop = threading.Event()
 
 
@@ -203,7 +205,7 @@ def claim(folder: pathlib.Path, settings: Mapping) -> bool:
   Raises:
     ValueError: the folder was made with other settings; the message names the first that differs.
   """
-  if folder.is_dir() and {path.name for path in folder.iterdir()} - {'config.json', 'config.json.partial', 'lock'}:
+  if folder.is_dir() and {path.name for path in folder.iterdir()} - _OF_NOTHING_YET:
     _check_settings(folder, settings)
   else:  # what is not there, or holds nothing yet, may be made with any settings
     folder.mkdir(parents=True, exist_ok=True)

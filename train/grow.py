@@ -9,7 +9,6 @@ config; and workdir/sae/grown.json. With --config.sae.tokens=0 it leaves workdir
 behind train.sae. Of a training that was stopped, Adam's moments and the dead clocks stay too.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -150,6 +149,13 @@ def _share(start, workdir):
       os.symlink(os.path.relpath(start / name, workdir), workdir / name)
 
 
+def _has_checkpoints(folder) -> bool:
+  if not (folder / 'checkpoints').exists():
+    return False
+  with store.Checkpoints(folder / 'checkpoints', scored=True) as checkpoints:
+    return bool(checkpoints.steps())
+
+
 def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathlib.Path, prune: bool = False):
   """Leaves in the workdir what the SAE, or the stopped training, at `start` becomes; returns when that is there.
 
@@ -165,16 +171,16 @@ def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathli
   settings, folder = config.sae, workdir / 'sae'
   plan = _plan(settings)
   _share(start, workdir)
-  with contextlib.ExitStack() as held:
-    held.enter_context(processes.locked(folder))
+  with processes.locked(folder):
     if command.claim(folder, train_sae.made_with(config, workdir)):
       return
-    checkpoints = held.enter_context(store.Checkpoints(folder / 'checkpoints', scored=True))
-    if checkpoints.steps():
+    if _has_checkpoints(folder):
       if not (folder / REPORT).exists():
         raise ValueError(f'{folder} is of a training that did not begin with a grown SAE; give another --workdir')
+      (folder / command.GROWING).unlink(missing_ok=True)
       print(f'{folder} is grown already; run train.sae to train on')
       return
+    command.write(folder / command.GROWING, b'')
     sites = list(filter(None, (settings.site, settings.get('target_site'))))
     sample = train_sae.first_tokens(train_sae.streams(config, workdir, sites), settings)
     samples, key = [sample[site] for site in sites], jax.random.key(config.seed)
@@ -185,14 +191,18 @@ def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathli
     after = _numbers(sae, samples)
     _print(before, after, len(samples[0]))
     store.write_json(folder / REPORT, {'start': str(start), 'before': before, 'after': after})
-    if not settings.tokens:
-      sae_lib.save(folder / 'final', sae)
-      command.finish(folder)
-      print(f'{folder}/final is ready')
-      return
     if sae is of:
       of = train_step.init_state(sae, samples[0], plan.tx, plan.ema, *samples[1:])
-    checkpoints.save(0, {'': growth.restart(of, plan.ema)}, after['normalized_mse'])
+    of = growth.restart(of, plan.ema)
+    if not settings.tokens:
+      sae_lib.save(folder / 'final', plan.finish(of, samples[0]))
+      command.finish(folder)
+      (folder / command.GROWING).unlink()
+      print(f'{folder}/final is ready')
+      return
+    with store.Checkpoints(folder / 'checkpoints', scored=True) as checkpoints:
+      checkpoints.save(0, {'': of}, after['normalized_mse'])
+    (folder / command.GROWING).unlink()
   print(f'{folder}/checkpoints/0 is ready; run train.sae with the same --config and --workdir to train on')
 
 

@@ -157,6 +157,7 @@ RECIPES = {
       'coef_warmup_steps': 0,
       'target_l0': 0.0,
       'initial_threshold': 1e-3,
+      'threshold_rate': 1.0,
     },
     _jumprelu,
     _init_jumprelu,
@@ -279,6 +280,7 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
     s['decay'],
     decay_steps,
     n_steps if decay_steps else 0,
+    s.get('threshold_rate', 1),
   )
   recipe = RECIPES[name].recipe(s)
   if s['micro_batches'] > 1:

@@ -99,12 +99,14 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
       saved.width(site)
     readers, keep_et = {site: saved.reader(site) for site in sites}, saved.keep()
   else:
-    subject = command.subject(config, workdir)
-    windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
-    windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
-    readers = activations.live_readers(
-      subject.model, windows_et, sites, config.capture.batch_size, config.capture.dtype
-    )
+    # Every process runs the model on its own devices: processes capture at different times, and wait for none.
+    sharding.check_divides('capture.batch_size', config.capture.batch_size, 'data')
+    n_examples = config.capture.batch_size // processes.part()[1]
+    with jax.set_mesh(sharding.own_mesh()):
+      subject = command.subject(config, workdir)
+      windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
+      windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
+      readers = activations.live_readers(subject.model, windows_et, sites, n_examples, config.capture.dtype)
     keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
 
   def batches(step, part=(0, 1)):
@@ -124,10 +126,6 @@ def _members(config, workdir) -> list[_Member]:
   settings = config.sae
   if settings.source not in SOURCES:
     raise ValueError(f'sae.source {settings.source!r} is unknown; choose one of {", ".join(SOURCES)}')
-  if settings.source == 'live' and jax.process_count() > 1:
-    raise ValueError(
-      f'sae.source live is of one process, and there are {jax.process_count()}; capture to a store that all share'
-    )
   if _watching(settings, 'checkpoints') < 2:
     raise ValueError(
       f'sae.checkpoints {settings.checkpoints} is less than 2: only the step after it tells that the last one is good'
@@ -230,6 +228,11 @@ def run(config, workdir):
 
 def _claim(config, workdir, members, made) -> bool:
   """Makes the folders; returns whether all is done."""
+  if (workdir / 'sae' / command.GROWING).exists():
+    raise ValueError(
+      f'train.grow has begun in {workdir / "sae"} and not finished; run it again, or delete that folder to train from '
+      'the start'
+    )
   if command.claim(workdir / 'sae', made) and all((member.folder / 'final').exists() for member in members):
     return True
   for member in members:

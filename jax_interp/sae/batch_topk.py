@@ -39,7 +39,7 @@ class BatchTopK:
   unit_norm = True
   parity = False
 
-  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step):
+  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step, n_parts=1):
     """See `train_step.Recipe`.
 
     Raises:
@@ -66,7 +66,8 @@ class BatchTopK:
         parts['auxk'] = losses.auxk_loss(self, params, centred_bd, error_bd, dead_l)
       return dense.Terms(latents_bl, recons_bd, parts, {'threshold': jnp.maximum(smallest, 0)})
 
-    return dense.loss_and_grads(terms, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, self.dead_tokens)
+    batch = x_bd, target_bd, tokens_since_fired_l
+    return dense.loss_and_grads(terms, sae, *batch, mse_scale, self.dead_tokens, n_parts)
 
 
 def check_prefixes(prefixes: tuple[int, ...], n_latents: int):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jax_interp.sae import micro_batches
 from jax_interp.sae.losses import partition_specs
 from models.sae import SparseAutoencoder
 
@@ -94,6 +95,7 @@ def loss_and_grads(
   tokens_since_fired_l: jax.Array,
   mse_scale: jax.Array,
   dead_tokens: int,
+  n_parts: int = 1,
 ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
   """Returns metrics, the dead clock and gradients, as `train_step.Recipe.loss_and_grads`.
 
@@ -105,12 +107,11 @@ def loss_and_grads(
     tokens_since_fired_l: the dead clock.
     mse_scale: 1 / the variance of a sample, for the metric normalized_mse.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    n_parts: micro-batches; see `micro_batches.MicroBatched`.
   """
   specs = partition_specs(sae)
 
-  def loss(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale):
-    # Parameters vary over the batch from here on, so that a gradient is summed over `data` once, at the end.
-    sae = jax.tree.map(lambda p: jax.lax.pcast(p, 'data', to='varying'), sae)
+  def loss(sae, tokens_since_fired_l, x_bd, target_bd, mse_scale):
     found = terms(sae, x_bd, target_bd, tokens_since_fired_l)
     total = sum(found.parts.values())
     tokens_since_fired_l = clock_after(jax.lax.stop_gradient(found.latents_bl), tokens_since_fired_l)
@@ -127,8 +128,17 @@ def loss_and_grads(
     in_specs=(specs, P('data', None), P('data', None), P('model'), P()),
     out_specs=(P(), P('model'), specs),
   )
-  def run(*args):
-    (_, (metrics, tokens_since_fired_l)), grads = jax.value_and_grad(loss, has_aux=True)(*args)
-    return metrics, tokens_since_fired_l, grads
+  def run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale):
+    # Parameters vary over the batch from here on, so that a gradient is summed over `data` once, at the end.
+    sae = jax.tree.map(lambda p: jax.lax.pcast(p, 'data', to='varying'), sae)
+
+    def of_part(tokens_since_fired_l, x_bd, target_bd):
+      of_sae = jax.value_and_grad(loss, has_aux=True)
+      (_, (metrics, clock_l)), grads = of_sae(sae, tokens_since_fired_l, x_bd, target_bd, mse_scale)
+      return metrics, clock_l, grads
+
+    found = micro_batches.over_parts(of_part, n_parts, tokens_since_fired_l, x_bd, target_bd)
+    metrics, tokens_since_fired_l, grads = found
+    return metrics, tokens_since_fired_l, jax.lax.psum(grads, 'data')
 
   return run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale)

@@ -26,7 +26,7 @@ class Gated:
   dead_tokens: int = 10_000_000
   unit_norm = True
 
-  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step):
+  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step, n_parts=1):
     """See `train_step.Recipe`."""
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
@@ -43,4 +43,5 @@ class Gated:
       }
       return dense.Terms(latents_bl, recons_bd, parts)
 
-    return dense.loss_and_grads(terms, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, self.dead_tokens)
+    batch = x_bd, target_bd, tokens_since_fired_l
+    return dense.loss_and_grads(terms, sae, *batch, mse_scale, self.dead_tokens, n_parts)

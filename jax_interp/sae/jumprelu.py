@@ -96,7 +96,7 @@ class JumpReLU:
   def unit_norm(self) -> bool:
     return self.sparsity != 'tanh'
 
-  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step_number):
+  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step_number, n_parts=1):
     """See `train_step.Recipe`."""
     warm = l1_warmup(step_number, self.warmup_steps)
 
@@ -120,4 +120,5 @@ class JumpReLU:
         parts['sparsity'] = warm * self.coef * penalty
       return dense.Terms(latents_bl, recons_bd, parts)
 
-    return dense.loss_and_grads(terms, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, self.dead_tokens)
+    batch = x_bd, target_bd, tokens_since_fired_l
+    return dense.loss_and_grads(terms, sae, *batch, mse_scale, self.dead_tokens, n_parts)

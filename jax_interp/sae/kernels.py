@@ -66,11 +66,16 @@ def _rows(w_ld, indices):
 
 
 def _in_blocks(f, n_rows, *arrays):
-  """Maps f over blocks of n_rows rows of the arrays; over all rows at once where n_rows does not divide them."""
-  if len(arrays[0]) % n_rows or len(arrays[0]) == n_rows:
+  """Maps f over blocks of n_rows rows of the arrays, and over the rows that are left."""
+  n_blocks, n_left = divmod(len(arrays[0]), n_rows)
+  if n_blocks + (n_left > 0) <= 1:
     return f(*arrays)
-  blocks = jax.lax.map(lambda block: f(*block), tuple(x.reshape(-1, n_rows, *x.shape[1:]) for x in arrays))
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+  whole = tuple(x[: n_blocks * n_rows].reshape(n_blocks, n_rows, *x.shape[1:]) for x in arrays)
+  found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(lambda block: f(*block), whole))
+  if not n_left:
+    return found
+  left = f(*(x[n_blocks * n_rows :] for x in arrays))
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), found, left)
 
 
 def _sparse_weighted_sum(values_bk, w_ld, indices_bk):

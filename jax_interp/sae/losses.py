@@ -8,18 +8,19 @@ gradients.
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jax_interp.sae import kernels
+from jax_interp.sae import kernels, micro_batches
 from models.sae import SparseAutoencoder
 from models.topk import local_topk, scatter_mask, wins
 
 AUXK_BUCKET_RATIO = 8  # every bucket is compiled
+AUXK_ROWS = 4096  # tokens for which dead latents, up to all, are computed at a time
 PARITY_FIRED = 1e-3  # a latent fires above it in parity mode; else above 0
 
 
@@ -58,6 +59,7 @@ class TopK:
     mse_scale: jax.Array,
     step: jax.Array,
     row_scale_l: jax.Array | None = None,
+    n_parts: int = 1,
   ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
     """Returns metrics, the dead clock after this batch, and the gradients of the loss.
 
@@ -71,11 +73,12 @@ class TopK:
       step: not used.
       row_scale_l: what brings the decoder's rows to norm 1. Given, the decoder's gradient is that of the rows so
         multiplied, without its component along them, and the metrics have grad_norm.
+      n_parts: micro-batches; see `micro_batches.MicroBatched`.
     """
     specs = partition_specs(sae)
     batch_spec = P('data', None) if _several('data') else P()
     run = jax.shard_map(
-      functools.partial(_loss_and_grads, self),
+      functools.partial(_loss_and_grads, self, n_parts),
       in_specs=(specs, batch_spec, batch_spec, P('model'), P(), P() if row_scale_l is None else P('model')),
       out_specs=(P(), P('model'), specs),
       axis_names={'data', 'model'} if _several('data') else {'model'},
@@ -112,7 +115,47 @@ def _mse(error_bd):
   return _over_data(jax.lax.pmean, jnp.mean(error_bd**2))
 
 
-def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, row_scale_l):
+class _Sums(NamedTuple):
+  """What a device's tokens give towards the gradients: not summed over `data` yet."""
+
+  grads: kernels.Gradients
+  bias_d: jax.Array
+  skip_dd: jax.Array | None
+  written_d: jax.Array | None  # the gradient of what the skip connection writes; like skip_dd, only where there is one
+
+
+def _loss_and_grads(recipe, n_parts, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, row_scale_l):
+  of_part = functools.partial(_sums, recipe, sae, mse_scale, row_scale_l)
+  found = micro_batches.over_parts(of_part, n_parts, tokens_since_fired_l, x_bd, target_bd)
+  metrics, tokens_since_fired_l, sums = found
+  grads, bias_grad_d, skip_grad_dd, written_d = _over_data(jax.lax.psum, sums)
+
+  # A gradient of [batch, d] is not needed: what the encoder read is x - pre_bias for every token.
+  # All that is read is read before the gradients are used, or weights would be copied before they change, and squares
+  # be written to memory for the norm and for Adam alike.
+  squares_l = sum(jnp.einsum('ld,ld->l', g, g) for g in grads[:2]) + grads.latent_bias_l**2 - grads.along_l**2
+  read_d = grads.latent_bias_l @ sae.encoder[...]
+  read_d, squares_l, grads = jax.lax.optimization_barrier((read_d, squares_l, grads))
+  pre_bias_grad_d = -jax.lax.psum(read_d, 'model')
+  grads_of = jax.tree.map(jnp.zeros_like, sae)
+  grads_of.encoder[...], grads_of.decoder[...], grads_of.latent_bias[...] = grads[:3]
+  if not sae.is_transcoder:
+    pre_bias_grad_d += bias_grad_d
+  else:
+    grads_of.out_bias[...] = bias_grad_d
+  if sae.skip is not None:
+    grads_of.skip[...] = skip_grad_dd
+    pre_bias_grad_d -= written_d @ sae.skip[...]
+  grads_of.pre_bias[...] = pre_bias_grad_d
+  if row_scale_l is not None:
+    grads_of.decoder[...] -= (grads.along_l * row_scale_l)[:, None] * sae.decoder[...]
+    whole = jax.tree.map(lambda x: jnp.sum(x**2), (grads_of.pre_bias, grads_of.out_bias, grads_of.skip))
+    metrics['grad_norm'] = (sum(jax.tree.leaves(whole)) + jax.lax.psum(squares_l.sum(), 'model')) ** 0.5
+  return metrics, tokens_since_fired_l, grads_of
+
+
+def _sums(recipe, sae, mse_scale, row_scale_l, tokens_since_fired_l, x_bd, target_bd):
+  """Returns metrics, the dead clock and `_Sums` of a part of the batch."""
   run = kernels.KERNELS[recipe.kernels]
   encoder_ld, decoder_ld, latent_bias_l = sae.encoder[...], sae.decoder[...], sae.latent_bias[...]
   bias_d = (sae.out_bias if sae.is_transcoder else sae.pre_bias)[...]
@@ -161,36 +204,16 @@ def _loss_and_grads(recipe, sae, x_bd, target_bd, tokens_since_fired_l, mse_scal
     grads = kernels.Gradients(*map(jnp.zeros_like, (*params[:3], params[2])))
   for few, *update in updates:
     grads = kernels.sparse_update(few, grads, *update)
-  grads, bias_grad_d = _over_data(jax.lax.psum, (grads, bias_grad_d))
-
-  # A gradient of [batch, d] is not needed: what the encoder read is x - pre_bias for every token.
-  # All that is read is read before the gradients are used, or weights would be copied before they change, and squares
-  # be written to memory for the norm and for Adam alike.
-  squares_l = sum(jnp.einsum('ld,ld->l', g, g) for g in grads[:2]) + grads.latent_bias_l**2 - grads.along_l**2
-  read_d, squares_l, grads = jax.lax.optimization_barrier((grads.latent_bias_l @ encoder_ld, squares_l, grads))
-  pre_bias_grad_d = -jax.lax.psum(read_d, 'model')
-  grads_of = jax.tree.map(jnp.zeros_like, sae)
-  grads_of.encoder[...], grads_of.decoder[...], grads_of.latent_bias[...] = grads[:3]
-  if not sae.is_transcoder:
-    pre_bias_grad_d += bias_grad_d
-  else:
-    grads_of.out_bias[...] = bias_grad_d
+  skip_grad_dd = written_d = None
   if sae.skip is not None:
     grad_bd = sum(grad_bd for *_, grad_bd in updates)
-    skip_grad_dd, grad_d = _over_data(jax.lax.psum, (grad_bd.T @ centred_bd, grad_bd.sum(0)))
-    grads_of.skip[...] = skip_grad_dd
-    pre_bias_grad_d -= grad_d @ sae.skip[...]
-  grads_of.pre_bias[...] = pre_bias_grad_d
+    skip_grad_dd, written_d = grad_bd.T @ centred_bd, grad_bd.sum(0)
 
   total = sum(weight * x for (_, weight), x in zip(recipe.levels, losses, strict=True)) + recipe.auxk_coef * auxk
   n_fired = _over_data(jax.lax.psum, jax.lax.psum((masks[0] & (values_bk > 0)).sum(), 'model'))
   n_dead = jax.lax.psum(dead_l.sum(), 'model')
   metrics = {'loss': total, 'auxk': auxk, 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
-  if row_scale_l is not None:
-    grads_of.decoder[...] -= (grads.along_l * row_scale_l)[:, None] * decoder_ld
-    whole = jax.tree.map(lambda x: jnp.sum(x**2), (grads_of.pre_bias, grads_of.out_bias, grads_of.skip))
-    metrics['grad_norm'] = (sum(jax.tree.leaves(whole)) + jax.lax.psum(squares_l.sum(), 'model')) ** 0.5
-  return metrics, tokens_since_fired_l, grads_of
+  return metrics, tokens_since_fired_l, _Sums(grads, bias_grad_d, skip_grad_dd, written_d)
 
 
 def _for_winners(run, mask_bk, k) -> kernels.Kernels:
@@ -228,15 +251,18 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
 
   As in OpenAI's trainer the reconstruction includes the bias, which is added to the target as a constant, and the
   denominator is the error's variance over the batch. The dead latents are compacted into the smallest bucket that holds
-  them, and are encoded and decoded densely: gathering auxk rows a token would move far more. With none dead it is 0 and
-  costs the gradients' zeros, which the others are added to.
+  them, and are encoded and decoded densely, AUXK_ROWS tokens at a time: gathering auxk rows a token would move far
+  more. With none dead it is 0 and costs the gradients' zeros, which the others are added to.
   """
   *weights, bias_d = params
   n_local, n_shards = len(dead_l), jax.lax.axis_size('model')
   target_bd = error_bd + jax.lax.stop_gradient(bias_d)
   target_variance = _mse(target_bd - _over_data(jax.lax.pmean, target_bd.mean(0)))
+  varies = target_variance > 0  # a batch of one token does not
+  n_numbers = float(target_bd.size * jax.sharding.get_abstract_mesh().shape['data'])
+  per_square = jnp.where(varies, 1 / jnp.where(varies, target_variance, 1), 0) / n_numbers
 
-  def loss(encoder_cd, decoder_cd, latent_bias_c, bias_d):
+  def squares(encoder_cd, decoder_cd, latent_bias_c, bias_d, centred_bd, target_bd):
     n_bucket = len(encoder_cd)
     latents_bc = jax.nn.relu(centred_bd @ encoder_cd.T + latent_bias_c)
     if n_bucket * n_shards > recipe.auxk:
@@ -244,9 +270,13 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
       (mask_bk,) = wins(values_bk, (recipe.auxk,))
       latents_bc = jnp.where(scatter_mask(indices_bk, mask_bk, n_bucket), latents_bc, 0)
     recons_bd = jax.lax.psum(latents_bc @ decoder_cd, 'model') + bias_d
-    varies = target_variance > 0  # a batch of one token does not
-    auxk = jnp.where(varies, _mse(recons_bd - target_bd) / jnp.where(varies, target_variance, 1), 0)
-    return recipe.auxk_coef * auxk, auxk
+    return jnp.sum((recons_bd - target_bd) ** 2)
+
+  def auxk_and_grads(*params):
+    of_block = functools.partial(jax.value_and_grad(squares, argnums=(0, 1, 2, 3)), *params)
+    total, grads = micro_batches.sum_over_blocks(of_block, AUXK_ROWS, centred_bd, target_bd)
+    scaled = jax.tree.map(lambda grad: recipe.auxk_coef * per_square * grad, grads)
+    return per_square * _over_data(jax.lax.psum, total), scaled
 
   def with_bucket(n_bucket):
     (dead_c,) = jnp.nonzero(dead_l, size=n_bucket, fill_value=n_local)
@@ -254,8 +284,7 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
     encoder_cd, decoder_cd, latent_bias_c = map(chosen, weights)
     if row_scale_l is not None:
       decoder_cd *= chosen(row_scale_l)[:, None]
-    grad = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
-    (*compact, bias_grad_d), auxk = grad(encoder_cd, decoder_cd, latent_bias_c, bias_d)
+    auxk, (*compact, bias_grad_d) = auxk_and_grads(encoder_cd, decoder_cd, latent_bias_c, bias_d)
     compact.append(jnp.einsum('cd,cd->c', compact[1], decoder_cd))
     placed = lambda w, g: jnp.zeros_like(w).at[dead_c].set(g, mode='drop')
     return auxk, kernels.Gradients(*map(placed, (*weights, weights[2]), compact)), bias_grad_d
@@ -263,8 +292,7 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
   def with_none():
     auxk, bias_grad_d = jnp.zeros(()), jnp.zeros_like(bias_d)
     if recipe.parity:
-      grad = jax.grad(lambda bias_d: loss(*(w[:0] for w in weights), bias_d), has_aux=True)
-      bias_grad_d, auxk = grad(bias_d)
+      auxk, (*_, bias_grad_d) = auxk_and_grads(*(w[:0] for w in weights), bias_d)
     return auxk, kernels.Gradients(*map(jnp.zeros_like, (*weights, weights[2]))), bias_grad_d
 
   buckets = [0, recipe.auxk]

@@ -49,8 +49,11 @@ def adam(
   decay: str = 'constant',
   decay_steps: int = 0,
   n_steps: int = 0,
+  threshold_rate: float = 1,
 ) -> optax.GradientTransformation:
   """Returns Adam at the rate of `schedule`, behind a clip of the gradients' global norm where `clip` is above 0.
+
+  Thresholds of JumpReLU move at threshold_rate times that rate.
 
   Raises:
     ValueError: the decay is unknown, or its steps or the warm-up's do not fit into n_steps.
@@ -71,7 +74,16 @@ def adam(
   )
   clipped = optax.clip_by_global_norm(clip) if clip else optax.identity()
   # Nested, so that the state is built as that of `optax.adam`.
-  return optax.chain(clipped, optax.chain(_scale_by_adam(b1, b2, eps), optax.scale_by_learning_rate(rate)))
+  stages = [clipped, optax.chain(_scale_by_adam(b1, b2, eps), optax.scale_by_learning_rate(rate))]
+  if threshold_rate != 1:
+    stages.append(optax.stateless(functools.partial(_faster_thresholds, threshold_rate)))
+  return optax.chain(*stages)
+
+
+def _faster_thresholds(rate, updates, params):
+  updates = jax.tree.map(lambda x: x, updates)  # not to change the caller's
+  updates.activation.threshold[...] *= rate
+  return updates
 
 
 def _scale_by_adam(b1, b2, eps):

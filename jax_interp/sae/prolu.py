@@ -57,7 +57,7 @@ class ProLU:
     if self.gradient not in GRADIENTS:
       raise ValueError(f'gradient {self.gradient!r} of ProLU is unknown; choose one of {", ".join(GRADIENTS)}')
 
-  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step):
+  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step, n_parts=1):
     """See `train_step.Recipe`."""
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
@@ -69,4 +69,5 @@ class ProLU:
       }
       return dense.Terms(latents_bl, recons_bd, parts)
 
-    return dense.loss_and_grads(terms, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, self.dead_tokens)
+    batch = x_bd, target_bd, tokens_since_fired_l
+    return dense.loss_and_grads(terms, sae, *batch, mse_scale, self.dead_tokens, n_parts)

@@ -38,7 +38,7 @@ class ReLUL1:
   def unit_norm(self) -> bool:
     return not self.weighted
 
-  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step):
+  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step, n_parts=1):
     """See `train_step.Recipe`."""
     coef = self.l1_coef * l1_warmup(step, self.l1_warmup_steps)
 
@@ -52,4 +52,5 @@ class ReLUL1:
       }
       return dense.Terms(latents_bl, recons_bd, parts)
 
-    return dense.loss_and_grads(terms, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, self.dead_tokens)
+    batch = x_bd, target_bd, tokens_since_fired_l
+    return dense.loss_and_grads(terms, sae, *batch, mse_scale, self.dead_tokens, n_parts)

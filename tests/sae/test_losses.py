@@ -143,6 +143,27 @@ def test_auxk_of_one_token_is_nothing_and_no_nan(monkeypatch):
   assert all(np.isfinite(grad).all() for grad in grads.values())
 
 
+def test_auxk_a_block_of_tokens_at_a_time_is_that_of_all(mesh, monkeypatch):
+  monkeypatch.setattr(losses, 'AUXK_ROWS', 4)
+  objective = losses.TopK(TOPK, auxk=8, auxk_coef=0.5, dead_tokens=DEAD)
+  for clock in (CLOCKS['few'], CLOCKS['many']):
+    metrics, new_clock, grads = ours(tuple(mesh.shape.values()), clock, objective)
+    loss, expected_grads = expected(PARAMS, X, new_clock, TOPK)
+    np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+    check(grads, expected_grads)
+
+
+def test_auxk_allocates_a_block_of_tokens():
+  objective, temporary = losses.TopK(TOPK, auxk=8, dead_tokens=DEAD), []
+  with jax.set_mesh(sharding.make_mesh()):
+    model = sae.build({name: x.astype(np.float32) for name, x in PARAMS.items()}, {'activation': 'topk', 'k': K})
+    for n_tokens in (losses.AUXK_ROWS, 16 * losses.AUXK_ROWS):
+      x_bd = jax.ShapeDtypeStruct((n_tokens, D), np.float32)
+      step = jax.jit(objective.loss_and_grads).lower(model, x_bd, x_bd, CLOCKS['none'], MSE_SCALE, 0)
+      temporary.append(step.compile().memory_analysis().temp_size_in_bytes)
+  assert temporary[1] - temporary[0] < 15 * losses.AUXK_ROWS * L * 4  # what [batch, latent] more would be, once
+
+
 def test_nothing_dead_adds_exactly_nothing():
   # OpenAI's trainer still pushes pre_bias towards the mean error then; that is an accident, not a rule.
   plain = ours((1, 1), CLOCKS['none'], losses.TopK(TOPK, auxk=0, dead_tokens=DEAD))

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_interp.sae import losses, optimizer, train_step
+from jax_interp.sae import hlo, losses, optimizer, train_step
 from jax_interp.sae.gated import Gated
 from jax_interp.sae.micro_batches import MicroBatched
 from models import sae, sharding
@@ -51,6 +51,18 @@ def test_parts_are_smaller_than_the_whole():
       compiled = train_step.train_steps.lower(state, acts_sbd, tx, objective).compile()
       temporary.append(compiled.memory_analysis().temp_size_in_bytes)
   assert temporary[1] < temporary[0] / 4
+
+
+@pytest.mark.parametrize('recipe', [TOPK, GATED], ids=['topk', 'gated'])
+def test_devices_add_their_gradients_once(recipe):
+  mesh_shape, times = {'data': 2, 'model': 2}, []
+  with jax.set_mesh(sharding.make_mesh(**mesh_shape)):
+    clock = np.zeros(L, np.int32)
+    for objective in (recipe, MicroBatched(recipe, 4)):
+      step = jax.jit(objective.loss_and_grads).lower(start(recipe), ACTS[0], ACTS[0], clock, 1.0, 0).compile()
+      found = [c for c in hlo.read(step.as_text(), mesh_shape).collectives if 'data' in c.axis]
+      times.append(sum(c.times for c in found if f'[{L // 2},{D}]' in c.shape))
+  assert times[0] == times[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jax_interp.sae import optimizer
+from models import activation_functions, sae, sharding
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,18 @@ def test_adam_is_that_of_float64_and_its_state_is_optaxs(b1, b2):
     m, v = b1 * m + (1 - b1) * grads, b2 * v + (1 - b2) * grads**2
     expected = -rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
     np.testing.assert_allclose(moved['x'], expected, rtol=3e-6, atol=1e-9, err_msg=f'step {t}')
+
+
+def test_thresholds_move_faster_and_nothing_else_does():
+  with jax.set_mesh(sharding.make_mesh()):
+    threshold = activation_functions.JumpReLU(np.ones(8, np.float32))
+    params = sae.with_activation(sae.init_sae(jax.random.key(0), np.eye(4, dtype=np.float32), 8, 2), threshold)
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain, faster = (optimizer.adam(1e-2, threshold_rate=rate) for rate in (1, 30))
+    moved, moved_faster = (sae.named_parameters(tx.update(grads, tx.init(params))[0]) for tx in (plain, faster))
+  assert moved.keys() == moved_faster.keys()
+  for name, x in moved.items():
+    np.testing.assert_allclose(moved_faster[name][...], x[...] * (30 if name == 'threshold' else 1), rtol=1e-6)
 
 
 def test_the_rate_falls_with_the_root_of_the_latents():

@@ -318,12 +318,12 @@ def captured(subject, tmp_path_factory):
   return folder
 
 
-def trained(captured, workdir, n_processes, program=SAE, data=2, model=1, victims=(0, 1)):
+def trained(captured, workdir, n_processes, program=SAE, data=2, model=1, victims=(0, 1), flags=()):
   """Trains by one process of as many devices or by two, of which the victims run the program; codes and outputs."""
   if not (workdir / 'activations').exists():
     workdir.mkdir(exist_ok=True)
     (workdir / 'activations').symlink_to(captured / 'activations')
-  flags = f'--config.mesh.data={data}', f'--config.mesh.model={model}'
+  flags = f'--config.mesh.data={data}', f'--config.mesh.model={model}', *flags
   if n_processes == 1:
     return finish([start(captured, workdir, *flags, n_devices=data * model, program=program)])
   programs = [program if i in victims else SAE for i in range(2)]
@@ -399,9 +399,11 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_on_other_meshes(captu
   assert_close(tmp_path, trained_by_two)
 
 
-def test_live_training_by_several_processes_is_refused(captured, tmp_path):
-  running = start_two(captured, tmp_path, '--config.sae.source=live', programs=(SAE, SAE))
-  codes, outputs = finish(running)
-  assert codes == [1, 1]
-  for output in outputs:
-    assert 'sae.source live is of one process, and there are 2; capture to a store that all share' in output
+@pytest.mark.parametrize('shape', [(2, 1), (1, 2)], ids=str)
+def test_from_the_live_model_two_processes_train_what_they_do_from_its_store(captured, trained_by_two, tmp_path, shape):
+  live = ('--config.sae.source=live',)
+  codes, outputs = trained(captured, tmp_path, 2, stopped(9), *shape, victims=(1,), flags=live)
+  assert codes == [0, 0], outputs
+  codes, outputs = trained(captured, tmp_path, 2, SAE, *shape, flags=live)
+  assert codes == [0, 0], outputs
+  assert_close(tmp_path, trained_by_two)

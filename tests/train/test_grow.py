@@ -153,6 +153,30 @@ def test_a_threshold_for_an_l0_and_nothing_to_train_leave_what_other_stages_read
   np.testing.assert_array_equal(new.decoder[...], old.decoder[...])
 
 
+def test_batch_topk_with_nothing_to_train_has_its_threshold(mesh, folder):
+  train_sae.run(config_of(folder), folder / 'old')
+  config = config_of(folder, recipe='batch_topk', n_latents=96, tokens=0)
+  with config.unlocked():
+    del config.sae.kernels
+  grow.grow(config, folder / 'new', folder / 'old')
+  found = train_sae.load(config, folder / 'new')
+  assert (found.activation.name, found.n_latents) == ('jumprelu', 96)
+  assert abs(report_of(config, found, folder)['l0'] - 4) < 0.1
+
+
+def test_where_growing_failed_nothing_else_is_trained(folder):
+  with jax.set_mesh(sharding.make_mesh()):
+    train_sae.run(config_of(folder, tokens=2 * BATCH), folder / 'old')
+    with pytest.raises(ValueError, match='normalization of the SAE'):
+      grow.grow(config_of(folder, normalization='none'), folder / 'new', folder / 'old')
+    with pytest.raises(ValueError, match=r'train.grow has begun in .*new/sae and not finished'):
+      train_sae.run(config_of(folder, normalization='none'), folder / 'new')
+    config = config_of(folder, n_latents=96)
+    grow.grow(config, folder / 'new', folder / 'old')
+    train_sae.run(config, folder / 'new')
+    assert train_sae.load(config, folder / 'new').n_latents == 96
+
+
 def test_dead_latents_go_and_new_ones_take_their_places(mesh, folder):
   train_sae.run(config_of(folder), folder / 'old')
   final = folder / 'old' / 'sae' / 'final'
