@@ -109,11 +109,16 @@ def _ours(job, pool):
   batches, number = itertools.cycle(pool), 0
   variances = [float(x.var(0).mean()) for x in pool]
 
+  def place_next():
+    return sharding.place(np.stack(list(itertools.islice(batches, job['steps_per_call']))), 'step batch d_model')
+
+  acts_sbd = place_next()
+
   def run(n_steps):
-    nonlocal state, number
-    for size in [job['steps_per_call']] * (n_steps // job['steps_per_call']):
-      acts_sbd = sharding.place(np.stack(list(itertools.islice(batches, size))), 'step batch d_model')
+    nonlocal state, number, acts_sbd
+    for _ in range(n_steps // job['steps_per_call']):
       state, metrics = train_step.train_steps(state, acts_sbd, tx, objective)
+      acts_sbd = place_next()  # while the device computes, as train.sae does
       metrics = jax.device_get(metrics)
     number += n_steps
     # Ours is in the variance of the first batch, theirs in that of each.

@@ -22,12 +22,13 @@ OWN = {
   'prolu': {'l1_coef': 4.0, 'gradient': 'ste'},  # Taggart 2024; or 'relu'
   'gated': {'l1_coef': 4.0, 'resample_every': 0, 'resample_until': 0, 'resample_exponent': 2.0},  # Rajamanoharan 2024a
   'jumprelu': {  # Rajamanoharan et al. 2024b
-    'coef': 10.0,
+    'coef': 100.0,
     'sparsity': 'target',  # or 'l0'; 'tanh' as Anthropic in January 2025
     'bandwidth': 0.2,
     'coef_warmup_steps': 50,
     'target_l0': 16.0,
-    'initial_threshold': 0.3,  # Adam moves it by no more than the learning rate a step: begin near where it ends
+    'initial_threshold': 0.3,
+    'threshold_rate': 30.0,  # times the learning rate, by which Adam moves a threshold in a step, at most
   },
 }
 

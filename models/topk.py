@@ -18,6 +18,7 @@ from models import sharding
 GROUP_SIZE = 16  # the fastest of 8 to 32 on a CPU at 2,048 to 24,576 latents
 FIRST_PER_K = 1.5  # at most so many maxima come first: of 0.5 to 8, at 512 to 2,048 groups, none is 3 % faster on a CPU
 MIN_GROUPS_PER_K = 4  # with fewer groups than this times k, choosing the groups costs what it saves
+MOST_COUNTED = 64  # k up to which [b, k, k] comparisons, in memory, sort ties
 RADIX_BITS = 3  # a round: the fastest of 2 to 6 on a CPU, where more edges cost more than fewer passes save
 KEY_BITS = 32
 RING = 2  # an all-reduce moves each number twice, to sum it and to spread the sum; an all-gather moves it once
@@ -32,8 +33,10 @@ def _topk(x_bl, k):
 
 
 def _ties_by_index(values_bk, indices_bk):
-  """Sorts the indices of equal values by counting: for small k, k^2 comparisons cost less than a sort."""
+  """Sorts the indices of equal values: for small k by counting, as k^2 comparisons cost less than a sort."""
   keys_bk = _keys(values_bk)
+  if values_bk.shape[1] > MOST_COUNTED:
+    return jax.lax.sort((~keys_bk, indices_bk), dimension=1, num_keys=2)[1]
   tied_bkk = keys_bk[:, None, :] == keys_bk[:, :, None]
   before_bkk = (keys_bk[:, None, :] > keys_bk[:, :, None]) | tied_bkk & (
     indices_bk[:, None, :] < indices_bk[:, :, None]

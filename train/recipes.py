@@ -298,6 +298,8 @@ def _check(s, target, batch_size):
     if field in s and s[field] not in known:
       raise ValueError(f'sae.{field} {s[field]!r} is unknown; choose one of {", ".join(known)}')
   sae.check_settings(s['n_latents'], s.get('k'), 'none')
+  if s.get('threshold_rate', 1) <= 0:
+    raise ValueError(f'sae.threshold_rate {s["threshold_rate"]} is not above 0; 1 is the rate of the weights')
   if 'prefixes' in s:
     batch_topk.check_prefixes(tuple(s['prefixes']), s['n_latents'])
   if s['micro_batches'] < 1 or batch_size % s['micro_batches']:

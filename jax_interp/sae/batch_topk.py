@@ -47,10 +47,10 @@ class BatchTopK:
     """
     prefixes = self.prefixes or (sae.n_latents,)
     check_prefixes(prefixes, sae.n_latents)
-    n_kept = self.k * len(x_bd)
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
       preacts_bl = dense.linear(sae, x_bd) + sae.latent_bias[...]
+      n_kept = self.k * len(x_bd) * jax.lax.axis_size('data')
       mask_bl, smallest = batch_wins(jax.lax.stop_gradient(preacts_bl), n_kept)
       latents_bl = jnp.where(mask_bl, jax.nn.relu(preacts_bl), 0)
       recons_bd, mses = dense.constant(sae, x_bd), []

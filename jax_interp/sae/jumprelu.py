@@ -1,7 +1,8 @@
 """JumpReLU: a threshold for each latent, trained by straight-through estimates (Rajamanoharan et al. 2024b).
 
 The loss is piecewise constant in the thresholds. Its expected derivative is estimated from the pre-activations within
-half a bandwidth of them. Thresholds are trained as they are, not as logarithms: those hardly move under Adam.
+half a bandwidth of them. Thresholds are trained as they are, not as logarithms: those hardly move under Adam. It moves
+a threshold by the learning rate a step, at most: `optimizer.adam` has a threshold_rate for trainings of few steps.
 """
 
 import dataclasses

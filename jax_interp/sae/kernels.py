@@ -125,46 +125,49 @@ def _sparse_error_and_dot(values_bk, w_ld, indices_bk, target_bd):
   return jax.lax.platform_dependent(values_bk, w_ld, indices_bk, target_bd, cpu=blocked, default=default)
 
 
+def _added_in_blocks(add_block, n_rows, totals_ld, values_bk, x_bd, indices_bk):
+  """Returns the totals after add_block(totals_ld, values_bk, x_bd, indices_bk) of every block of n_rows tokens.
+
+  Of all tokens at once where n_rows does not divide them.
+  """
+  n_rows = n_rows if len(indices_bk) % n_rows == 0 else len(indices_bk)
+  blocks = jax.tree.map(lambda a: a.reshape(-1, n_rows, a.shape[1]), (values_bk, x_bd, indices_bk))
+  return jax.lax.scan(lambda totals_ld, block: (add_block(totals_ld, *block), None), totals_ld, blocks)[0]
+
+
 def _sparse_add_outers(totals_ld, values_bk, x_bd, indices_bk):
-  def in_parts(n_rows, n_parts, totals_ld, values_bk, x_bd, indices_bk):
-    n_rows = n_rows if len(indices_bk) % n_rows == 0 else len(indices_bk)
-    ends = [n_rows * i // n_parts for i in range(n_parts + 1)]
+  def add_block(n_parts, totals_ld, values_bk, x_bd, indices_bk):
+    ends = [len(indices_bk) * i // n_parts for i in range(n_parts + 1)]
     parts = [slice(*of) for of in itertools.pairwise(ends)]
 
-    def add_block(totals_ld, block):
-      values_bk, x_bd, indices_bk = block
+    def add(totals_ld, terms):
+      *values_b, indices_b = terms
+      for part in parts:
+        totals_ld = tuple(
+          total_ld.at[indices_b[part]].add(value_b[part, None] * x[part], mode='promise_in_bounds')
+          for total_ld, value_b, x in zip(totals_ld, values_b, x_bd, strict=True)
+        )
+      return totals_ld, None
 
-      def add(totals_ld, terms):
-        *values_b, indices_b = terms
-        for part in parts:
-          totals_ld = tuple(
-            total_ld.at[indices_b[part]].add(value_b[part, None] * x[part], mode='promise_in_bounds')
-            for total_ld, value_b, x in zip(totals_ld, values_b, x_bd, strict=True)
-          )
-        return totals_ld, None
+    return jax.lax.scan(add, totals_ld, tuple(a.T for a in (*values_bk, indices_bk)))[0]
 
-      return jax.lax.scan(add, totals_ld, tuple(a.T for a in (*values_bk, indices_bk)))
-
-    blocks = jax.tree.map(lambda a: a.reshape(-1, n_rows, a.shape[1]), (values_bk, x_bd, indices_bk))
-    return jax.lax.scan(add_block, totals_ld, blocks)[0]
-
-  cpu = functools.partial(in_parts, ADD_ROWS, 2)
-  default = functools.partial(in_parts, len(indices_bk), 1)
+  cpu = functools.partial(_added_in_blocks, functools.partial(add_block, 2), ADD_ROWS)
+  default = functools.partial(add_block, 1)
   return jax.lax.platform_dependent(totals_ld, values_bk, x_bd, indices_bk, cpu=cpu, default=default)
 
 
-def _sorted_add_outer(total_ld, values_bk, x_bd, indices_bk):
-  def add(total_ld, block):
-    values_bk, indices_bk, x_bd = block
+def _sorted_add_outers(totals_ld, values_bk, x_bd, indices_bk):
+  def add_block(totals_ld, values_bk, x_bd, indices_bk):
     order = jnp.argsort(indices_bk.reshape(-1))
-    rows = values_bk.reshape(-1)[order, None] * x_bd[order // indices_bk.shape[1]]
-    at = total_ld.at[indices_bk.reshape(-1)[order]]
-    return at.add(rows, mode='promise_in_bounds', indices_are_sorted=True), None
+    sorted_indices, tokens = indices_bk.reshape(-1)[order], order // indices_bk.shape[1]
 
-  block = ACCELERATOR_BLOCK_ROWS
-  if len(x_bd) % block or len(x_bd) == block:
-    return add(total_ld, (values_bk, indices_bk, x_bd))[0]
-  return jax.lax.scan(add, total_ld, [a.reshape(-1, block, a.shape[1]) for a in (values_bk, indices_bk, x_bd)])[0]
+    def add(total_ld, value_bk, x_bd):
+      rows = value_bk.reshape(-1)[order, None] * x_bd[tokens]
+      return total_ld.at[sorted_indices].add(rows, mode='promise_in_bounds', indices_are_sorted=True)
+
+    return tuple(map(add, totals_ld, values_bk, x_bd))
+
+  return _added_in_blocks(add_block, ACCELERATOR_BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
 
 
 def _densified(values_bk, indices_bk, n_latents):
@@ -183,19 +186,12 @@ def _dense_dot(x_bd, w_ld, indices_bk):
   return _in_blocks(dot, BLOCK_ROWS, x_bd, indices_bk)
 
 
-def _dense_add_outer(total_ld, values_bk, x_bd, indices_bk):
-  if len(x_bd) % BLOCK_ROWS:
-    return total_ld + _densified(values_bk, indices_bk, len(total_ld)).T @ x_bd
-  blocks = [x.reshape(-1, BLOCK_ROWS, x.shape[1]) for x in (values_bk, indices_bk, x_bd)]
-  add = lambda total_ld, block: (total_ld + _densified(*block[:2], len(total_ld)).T @ block[2], None)
-  return jax.lax.scan(add, total_ld, blocks)[0]
+def _dense_add_outers(totals_ld, values_bk, x_bd, indices_bk):
+  def add_block(totals_ld, values_bk, x_bd, indices_bk):
+    add = lambda total_ld, value_bk, x_bd: total_ld + _densified(value_bk, indices_bk, len(total_ld)).T @ x_bd
+    return tuple(map(add, totals_ld, values_bk, x_bd))
 
-
-def _one_by_one(add_outer):
-  def add_outers(totals_ld, values_bk, x_bd, indices_bk):
-    return tuple(add_outer(*each, indices_bk) for each in zip(totals_ld, values_bk, x_bd, strict=True))
-
-  return add_outers
+  return _added_in_blocks(add_block, BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
 
 
 KERNELS = {
@@ -203,13 +199,13 @@ KERNELS = {
   'sorted': Kernels(
     _sparse_weighted_sum,
     _sparse_dot,
-    _one_by_one(_sorted_add_outer),
+    _sorted_add_outers,
     _one_after_other(_sparse_weighted_sum, _sparse_dot),
   ),
   'dense': Kernels(
     _dense_weighted_sum,
     _dense_dot,
-    _one_by_one(_dense_add_outer),
+    _dense_add_outers,
     _one_after_other(_dense_weighted_sum, _dense_dot),
   ),
 }

@@ -5,15 +5,24 @@ import numpy as np
 import pytest
 
 from jax_interp.sae import hlo, losses, optimizer, train_step
+from jax_interp.sae.batch_topk import BatchTopK
 from jax_interp.sae.gated import Gated
+from jax_interp.sae.jumprelu import JumpReLU
 from jax_interp.sae.micro_batches import MicroBatched
 from models import sae, sharding
 from models.activation_functions import Gated as GatedActivation
+from models.activation_functions import JumpReLU as JumpReLUActivation
 
 B, D, L, K = 64, 12, 64, 4
 ACTS = np.random.default_rng(0).normal(1, 2, size=(3, B, D)).astype(np.float32)
 TOPK = losses.TopK(((K, 1.0), (4 * K, 1 / 8)), auxk=0)
 GATED = Gated(0.3)
+DEAD = 500
+PER_PART = {
+  'topk': losses.TopK(((K, 1.0),), auxk=8, dead_tokens=DEAD),
+  'batch_topk': BatchTopK(K, 8, dead_tokens=DEAD),
+  'jumprelu': JumpReLU(1.0, 'target', 0.5, target_l0=4),
+}
 
 
 def start(recipe):
@@ -40,6 +49,30 @@ def test_parts_train_as_the_whole(shape, recipe):
     # Adam divides by the root of tiny second moments: where a gradient is near zero, rounding moves the weight.
     np.testing.assert_allclose(sae.named_parameters(other.sae)[name][...], param[...], atol=5e-5, err_msg=name)
   assert (clock % (B // 4) == 0).all()  # it goes on within a batch
+
+
+@pytest.mark.parametrize('kind', PER_PART)
+def test_what_is_of_a_batch_is_of_a_part(mesh, kind):
+  recipe, n, n_shards = PER_PART[kind], 4, mesh.shape['data']
+  # Of every device's rows, the first quarter is the first part.
+  rows_n = np.arange(B).reshape(n_shards, n, -1).swapaxes(0, 1).reshape(n, -1)
+  threshold = JumpReLUActivation(np.full(L, 0.5, 'f'))
+  model = sae.init_sae(jax.random.key(0), ACTS[0], L, K)
+  model = sae.with_activation(model, threshold) if kind == 'jumprelu' else model
+  clock = np.where(np.arange(L) < 40, DEAD, 0).astype(np.int32)
+  metrics, clock_after, grads = jax.jit(MicroBatched(recipe, n).loss_and_grads)(model, ACTS[0], ACTS[0], clock, 0.3, 5)
+  parts, run = [], jax.jit(recipe.loss_and_grads)
+  for rows in rows_n:
+    of_part, clock, grads_of_part = run(model, ACTS[0][rows], ACTS[0][rows], clock, 0.3, 5)
+    parts.append((of_part, sae.named_parameters(grads_of_part)))
+  np.testing.assert_array_equal(clock_after, clock)
+  for name, value in metrics.items():
+    of_parts = [of_part[name] for of_part, _ in parts]
+    np.testing.assert_allclose(value, of_parts[-1] if name == 'dead' else np.mean(of_parts), rtol=1e-5, err_msg=name)
+  assert metrics.get('auxk', 1) > 0
+  for name, grad in sae.named_parameters(grads).items():
+    expected = np.mean([np.asarray(of_part[name][...]) for _, of_part in parts], axis=0)
+    np.testing.assert_allclose(grad[...], expected, atol=2e-6 * np.abs(expected).max(), err_msg=name)
 
 
 def test_parts_are_smaller_than_the_whole():

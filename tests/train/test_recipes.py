@@ -114,6 +114,7 @@ def test_a_rate_of_0_is_the_rule():
     ('matryoshka', {'prefixes': (64, 512)}, r'prefixes \(64, 512\) do not rise to n_latents 2048'),
     ('topk', {'micro_batches': 3}, 'sae.micro_batches 3 does not divide sae.batch_size 4096'),
     ('topk', {'micro_batches': 0}, 'sae.micro_batches 0 does not divide'),
+    ('jumprelu', {'threshold_rate': 0.0}, 'sae.threshold_rate 0.0 is not above 0'),
   ],
 )
 def test_what_means_nothing_raises(recipe, changes, message):
