@@ -4,6 +4,7 @@ The same synthetic activations (d 768, sums of a few of 2,048 directions), Adam 
 unless said. Every variant is a process of its own, so that each has its own threads and memory; they take rounds of
 --steps steps in turn, and the median over the rounds of the ratio within a round is what is compared: times drift, by
 half, with whatever else the machine does. Everybody trains for equally long, and the loss at the end stands beside.
+Batches come from the host: ours are placed while the device computes, as train.sae does.
 
 Sparsify runs twice: as shipped, where its Trainer asks for set_float32_matmul_precision('high'), and tuned, with
 'medium', which lets torch multiply float32 with other kernels (faster on AMD, as exact), and Adam(fused=True).

@@ -28,7 +28,7 @@ OWN = {
     'coef_warmup_steps': 50,
     'target_l0': 16.0,
     'initial_threshold': 0.3,
-    'threshold_rate': 30.0,  # times the learning rate, by which Adam moves a threshold in a step, at most
+    'threshold_rate': 30.0,  # times the learning rate, by about which Adam moves a weight a step
   },
 }
 

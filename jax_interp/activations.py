@@ -80,7 +80,7 @@ class Meter:
 
 
 def local_batch(batch_size: int) -> int:
-  """Returns how many examples of a batch are this process's: the data axis of the mesh is cut over the processes.
+  """Returns how many examples of a batch are this process's: the data axis of the mesh is cut over its processes.
 
   Raises:
     ValueError: the data axis does not divide batch_size, or the processes do not hold whole rows of it, each as many.

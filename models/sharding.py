@@ -36,7 +36,7 @@ def own_mesh() -> jax.sharding.Mesh:
   What runs on it waits for no other process, so that processes need not run such programs in the same order.
 
   Raises:
-    ValueError: this process holds more devices of one row of the data axis than of another.
+    ValueError: this process holds none, or more of one row of the data axis than of another.
   """
   devices = jax.sharding.get_mesh().devices
   rows = [[device for device in row if device.process_index == jax.process_index()] for row in devices]

@@ -73,6 +73,7 @@ def _check_sizes(settings):
       'choose a multiple'
     )
   sharding.check_divides('capture.batch_size', settings.batch_size, 'data')
+  processes.part()  # tells where a process has none of the mesh
   activations.local_batch(settings.batch_size)
 
 

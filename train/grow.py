@@ -6,7 +6,8 @@ sae.n_latents; sae.k; a threshold for an L0 of sae.target_l0 or, without that, o
 
 Leaves workdir/sae/checkpoints/0, from which train.sae trains on with the same config and --workdir, at step 0 of that
 config; and workdir/sae/grown.json. With --config.sae.tokens=0 it leaves workdir/sae/final instead, for the stages
-behind train.sae. Of a training that was stopped, Adam's moments and the dead clocks stay too.
+behind train.sae; of a BatchTopK SAE with its threshold. Of a training that was stopped, Adam's moments and the dead
+clocks stay too. Until it has ended, workdir/sae/growing keeps train.sae from training there from the start.
 """
 
 import json
@@ -169,40 +170,42 @@ def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathli
   if start.resolve() in (workdir.resolve(), workdir.resolve() / 'sae' / 'final'):
     raise ValueError(f'{workdir} is the workdir of the SAE itself; give another --workdir')
   settings, folder = config.sae, workdir / 'sae'
+  marker = folder / command.GROWING
   plan = _plan(settings)
   _share(start, workdir)
   with processes.locked(folder):
     if command.claim(folder, train_sae.made_with(config, workdir)):
+      marker.unlink(missing_ok=True)
       return
     if _has_checkpoints(folder):
       if not (folder / REPORT).exists():
         raise ValueError(f'{folder} is of a training that did not begin with a grown SAE; give another --workdir')
-      (folder / command.GROWING).unlink(missing_ok=True)
+      marker.unlink(missing_ok=True)
       print(f'{folder} is grown already; run train.sae to train on')
       return
-    command.write(folder / command.GROWING, b'')
+    command.write(marker, b'')
     sites = list(filter(None, (settings.site, settings.get('target_site'))))
     sample = train_sae.first_tokens(train_sae.streams(config, workdir, sites), settings)
     samples, key = [sample[site] for site in sites], jax.random.key(config.seed)
     of = _read(start, key, samples)
     before = _numbers(growth.sae_of(of), samples)
     of = grown(of, plan, prune, key, samples)
-    sae = growth.sae_of(of)
-    after = _numbers(sae, samples)
+    if growth.sae_of(of) is of:
+      of = train_step.init_state(of, samples[0], plan.tx, plan.ema, *samples[1:])
+    of = growth.restart(of, plan.ema)
+    kept = of.sae if settings.tokens else plan.finish(of, samples[0])
+    after = _numbers(kept, samples)
     _print(before, after, len(samples[0]))
     store.write_json(folder / REPORT, {'start': str(start), 'before': before, 'after': after})
-    if sae is of:
-      of = train_step.init_state(sae, samples[0], plan.tx, plan.ema, *samples[1:])
-    of = growth.restart(of, plan.ema)
     if not settings.tokens:
-      sae_lib.save(folder / 'final', plan.finish(of, samples[0]))
+      sae_lib.save(folder / 'final', kept)
       command.finish(folder)
-      (folder / command.GROWING).unlink()
+      marker.unlink()
       print(f'{folder}/final is ready')
       return
     with store.Checkpoints(folder / 'checkpoints', scored=True) as checkpoints:
       checkpoints.save(0, {'': of}, after['normalized_mse'])
-    (folder / command.GROWING).unlink()
+    marker.unlink()
   print(f'{folder}/checkpoints/0 is ready; run train.sae with the same --config and --workdir to train on')
 
 

@@ -16,11 +16,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from jax_interp import activations
 from models import sharding
 from train import command
 
 PROBLEMS = (command.Stopped, ValueError, KeyError, OSError, ImportError)  # what a command says in one sentence
 _MESSAGE = 2048  # bytes of a sentence that reach the other processes
+
+
+def _gathered(value):
+  """Returns what every process gives, [process, ...].
+
+  It is a program on all devices, and a live reader dispatches others from its thread: see `activations.DISPATCHING`.
+  """
+  with activations.DISPATCHING:
+    return multihost_utils.process_allgather(value)
+
+
+def _broadcast(value):
+  """Returns what process 0 gives; as `_gathered`."""
+  with activations.DISPATCHING:
+    return multihost_utils.broadcast_one_to_all(value)
 
 
 def agree(problem: Exception | None = None):
@@ -33,7 +49,7 @@ def agree(problem: Exception | None = None):
   if problem:
     kind = next(i for i, kind in enumerate(PROBLEMS) if isinstance(problem, kind))
     said = [kind, command.sentence(problem)]
-  found = [_decoded(row) for row in multihost_utils.process_allgather(_encoded(said, _MESSAGE))]
+  found = [_decoded(row) for row in _gathered(_encoded(said, _MESSAGE))]
   if problem:
     raise problem
   troubled = [(kind, f'process {i}: {text}') for i, (kind, text) in enumerate(found) if kind is not None]
@@ -43,7 +59,7 @@ def agree(problem: Exception | None = None):
 
 def any_of(flag: bool) -> bool:
   """Returns whether the flag is set in any process."""
-  return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+  return bool(_gathered(np.bool_(flag)).any())
 
 
 def part() -> tuple[int, int]:
@@ -86,11 +102,11 @@ def on_first(function: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
       value = function()
   content = json.dumps(value).encode()
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+  size = int(_broadcast(np.int32(len(content))))
   row = np.zeros(size, np.uint8)
   if jax.process_index() == 0:
     row[:] = np.frombuffer(content, np.uint8)
-  return _decoded(multihost_utils.broadcast_one_to_all(row))
+  return _decoded(_broadcast(row))
 
 
 def check_same(what: str, digest: str):
@@ -100,7 +116,7 @@ def check_same(what: str, digest: str):
     ValueError: process 0 gives another.
   """
   with together():
-    rows = multihost_utils.process_allgather(_encoded(digest, _MESSAGE))
+    rows = _gathered(_encoded(digest, _MESSAGE))
     if other := [i for i, row in enumerate(rows) if _decoded(row) != _decoded(rows[0])]:
       raise ValueError(f'process {other[0]} has another {what} than process 0; start all with the same')
 

@@ -137,8 +137,9 @@ def loss_and_grads(
       (_, (metrics, clock_l)), grads = of_sae(sae, tokens_since_fired_l, x_bd, target_bd, mse_scale)
       return metrics, clock_l, grads
 
-    found = micro_batches.over_parts(of_part, n_parts, tokens_since_fired_l, x_bd, target_bd)
-    metrics, tokens_since_fired_l, grads = found
+    metrics, tokens_since_fired_l, grads = micro_batches.over_parts(
+      of_part, n_parts, tokens_since_fired_l, x_bd, target_bd
+    )
     return metrics, tokens_since_fired_l, jax.lax.psum(grads, 'data')
 
   return run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale)

@@ -2,7 +2,7 @@
 
 The loss is piecewise constant in the thresholds. Its expected derivative is estimated from the pre-activations within
 half a bandwidth of them. Thresholds are trained as they are, not as logarithms: those hardly move under Adam. It moves
-a threshold by the learning rate a step, at most: `optimizer.adam` has a threshold_rate for trainings of few steps.
+them by about the learning rate a step, which is little in few steps: hence the threshold_rate of `optimizer.adam`.
 """
 
 import dataclasses

@@ -125,14 +125,22 @@ def _sparse_error_and_dot(values_bk, w_ld, indices_bk, target_bd):
   return jax.lax.platform_dependent(values_bk, w_ld, indices_bk, target_bd, cpu=blocked, default=default)
 
 
-def _added_in_blocks(add_block, n_rows, totals_ld, values_bk, x_bd, indices_bk):
-  """Returns the totals after add_block(totals_ld, values_bk, x_bd, indices_bk) of every block of n_rows tokens.
+def added_in_blocks(add_block: Callable, n_rows: int, totals, *batch):
+  """Returns totals after add_block(totals, *block) for every block of n_rows rows, and for the rows that are left.
 
-  Of all tokens at once where n_rows does not divide them.
+  Args:
+    add_block: returns a pytree like totals.
+    n_rows: of a block.
+    totals: to begin with.
+    batch: pytrees of arrays [b, ...].
   """
-  n_rows = n_rows if len(indices_bk) % n_rows == 0 else len(indices_bk)
-  blocks = jax.tree.map(lambda a: a.reshape(-1, n_rows, a.shape[1]), (values_bk, x_bd, indices_bk))
-  return jax.lax.scan(lambda totals_ld, block: (add_block(totals_ld, *block), None), totals_ld, blocks)[0]
+  n_blocks, n_left = divmod(len(jax.tree.leaves(batch)[0]), n_rows)
+  if n_blocks == 1 and not n_left:
+    return add_block(totals, *batch)
+  if n_blocks:
+    whole = jax.tree.map(lambda a: a[: n_blocks * n_rows].reshape(n_blocks, n_rows, *a.shape[1:]), batch)
+    totals, _ = jax.lax.scan(lambda totals, block: (add_block(totals, *block), None), totals, whole)
+  return add_block(totals, *jax.tree.map(lambda a: a[n_blocks * n_rows :], batch)) if n_left else totals
 
 
 def _sparse_add_outers(totals_ld, values_bk, x_bd, indices_bk):
@@ -151,7 +159,7 @@ def _sparse_add_outers(totals_ld, values_bk, x_bd, indices_bk):
 
     return jax.lax.scan(add, totals_ld, tuple(a.T for a in (*values_bk, indices_bk)))[0]
 
-  cpu = functools.partial(_added_in_blocks, functools.partial(add_block, 2), ADD_ROWS)
+  cpu = functools.partial(added_in_blocks, functools.partial(add_block, 2), ADD_ROWS)
   default = functools.partial(add_block, 1)
   return jax.lax.platform_dependent(totals_ld, values_bk, x_bd, indices_bk, cpu=cpu, default=default)
 
@@ -167,7 +175,7 @@ def _sorted_add_outers(totals_ld, values_bk, x_bd, indices_bk):
 
     return tuple(map(add, totals_ld, values_bk, x_bd))
 
-  return _added_in_blocks(add_block, ACCELERATOR_BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
+  return added_in_blocks(add_block, ACCELERATOR_BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
 
 
 def _densified(values_bk, indices_bk, n_latents):
@@ -191,7 +199,7 @@ def _dense_add_outers(totals_ld, values_bk, x_bd, indices_bk):
     add = lambda total_ld, value_bk, x_bd: total_ld + _densified(value_bk, indices_bk, len(total_ld)).T @ x_bd
     return tuple(map(add, totals_ld, values_bk, x_bd))
 
-  return _added_in_blocks(add_block, BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
+  return added_in_blocks(add_block, BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
 
 
 KERNELS = {

@@ -35,9 +35,9 @@ class TopK:
     kernels: 'sparse', 'sorted' or 'dense'; `kernels.fastest` measures which is faster.
     dtype: of the products that choose candidates, 'float32' or 'bfloat16'; see `kernels.select_topk`.
     parity: do as OpenAI's released trainer where ours differs, to compare with it. A latent fires above 1e-3, and its
-      clock then says one batch, not 0; with nothing dead, AuxK still draws the bias towards the mean error; the decoder
-      is brought to unit norm before Adam, not after, so that it is a step off; the average takes up the weights from
-      before the step.
+      clock then says one batch (or micro-batch), not 0; with nothing dead, AuxK still draws the bias towards the mean
+      error; the decoder is brought to unit norm before Adam, not after, so that it is a step off; the average takes up
+      the weights from before the step.
   """
 
   levels: tuple[tuple[int, float], ...]
@@ -126,8 +126,9 @@ class _Sums(NamedTuple):
 
 def _loss_and_grads(recipe, n_parts, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, row_scale_l):
   of_part = functools.partial(_sums, recipe, sae, mse_scale, row_scale_l)
-  found = micro_batches.over_parts(of_part, n_parts, tokens_since_fired_l, x_bd, target_bd)
-  metrics, tokens_since_fired_l, sums = found
+  metrics, tokens_since_fired_l, sums = micro_batches.over_parts(
+    of_part, n_parts, tokens_since_fired_l, x_bd, target_bd
+  )
   grads, bias_grad_d, skip_grad_dd, written_d = _over_data(jax.lax.psum, sums)
 
   # A gradient of [batch, d] is not needed: what the encoder read is x - pre_bias for every token.
@@ -273,8 +274,10 @@ def _auxk(recipe, params, row_scale_l, centred_bd, error_bd, dead_l):
     return jnp.sum((recons_bd - target_bd) ** 2)
 
   def auxk_and_grads(*params):
-    of_block = functools.partial(jax.value_and_grad(squares, argnums=(0, 1, 2, 3)), *params)
-    total, grads = micro_batches.sum_over_blocks(of_block, AUXK_ROWS, centred_bd, target_bd)
+    squares_and_grads = functools.partial(jax.value_and_grad(squares, argnums=(0, 1, 2, 3)), *params)
+    add_block = lambda sums, *block: jax.tree.map(jnp.add, sums, squares_and_grads(*block))
+    zeros = jax.tree.map(jnp.zeros_like, (target_bd[0, 0], params))
+    total, grads = kernels.added_in_blocks(add_block, AUXK_ROWS, zeros, centred_bd, target_bd)
     scaled = jax.tree.map(lambda grad: recipe.auxk_coef * per_square * grad, grads)
     return per_square * _over_data(jax.lax.psum, total), scaled
 

@@ -41,7 +41,7 @@ class MicroBatched:
   def parity(self) -> bool:
     return getattr(self.recipe, 'parity', False)
 
-  def loss_and_grads(self, sae, x_bd, *args):
+  def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step, *row_scale_l):
     """See `train_step.Recipe`.
 
     Raises:
@@ -50,7 +50,8 @@ class MicroBatched:
     if len(x_bd) % self.n:
       raise ValueError(f'a batch of {len(x_bd)} is not divisible by {self.n} micro-batches; choose a divisor')
     sharding.check_divides('a micro-batch of', len(x_bd) // self.n, 'data')
-    return self.recipe.loss_and_grads(sae, x_bd, *args, n_parts=self.n)
+    batch = x_bd, target_bd, tokens_since_fired_l
+    return self.recipe.loss_and_grads(sae, *batch, mse_scale, step, *row_scale_l, n_parts=self.n)
 
 
 def over_parts(
@@ -59,7 +60,9 @@ def over_parts(
   tokens_since_fired_l: jax.Array,
   *batch: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array, object]:
-  """Returns metrics, the dead clock and gradients of this device's tokens, inside a map: the means over n parts.
+  """Returns metrics, the dead clock and gradients of this device's tokens, inside a map.
+
+  Metrics and gradients are the means over n parts, but for how many latents are dead after the last one.
 
   Args:
     of_part: the dead clock and a part to its metrics, the dead clock after it, and a pytree of gradients.
@@ -82,18 +85,3 @@ def over_parts(
   (total, tokens_since_fired_l), metrics = jax.lax.scan(add, (zeros, tokens_since_fired_l), parts)
   metrics = {name: x_n[-1] if name == 'dead' else x_n.mean(0) for name, x_n in metrics.items()}
   return metrics, tokens_since_fired_l, jax.tree.map(lambda grad: grad / n, total)
-
-
-def sum_over_blocks(f: Callable, n_rows: int, *batch: jax.Array):
-  """Returns the sum of f over blocks of n_rows rows of the arrays; f of all where n_rows does not divide them.
-
-  Args:
-    f: blocks of the arrays to a pytree of arrays.
-    n_rows: of a block.
-    batch: arrays [b, ...].
-  """
-  if len(batch[0]) % n_rows or len(batch[0]) == n_rows:
-    return f(*batch)
-  blocks = tuple(a.reshape(-1, n_rows, *a.shape[1:]) for a in batch)
-  zeros = jax.tree.map(jnp.zeros_like, f(*(a[0] for a in blocks)))  # as in `over_parts`
-  return jax.lax.scan(lambda total, block: (jax.tree.map(jnp.add, total, f(*block)), None), zeros, blocks)[0]

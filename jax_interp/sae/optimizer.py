@@ -53,7 +53,7 @@ def adam(
 ) -> optax.GradientTransformation:
   """Returns Adam at the rate of `schedule`, behind a clip of the gradients' global norm where `clip` is above 0.
 
-  Thresholds of JumpReLU move at threshold_rate times that rate.
+  Thresholds of JumpReLU move at threshold_rate times that rate; other than 1, the parameters must be a JumpReLU SAE's.
 
   Raises:
     ValueError: the decay is unknown, or its steps or the warm-up's do not fit into n_steps.

@@ -40,6 +40,7 @@ class Recipe(Protocol):
     tokens_since_fired_l: jax.Array,
     mse_scale: jax.Array,
     step: jax.Array,
+    n_parts: int = 1,
   ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
     """Returns metrics (scalars: loss, normalized_mse, l0, dead and more), the dead clock, and the gradients.
 
@@ -52,6 +53,7 @@ class Recipe(Protocol):
       tokens_since_fired_l: int32, tokens since each latent last fired.
       mse_scale: 1 / the variance of a sample of targets, frozen.
       step: steps made before this one.
+      n_parts: micro-batches; see `micro_batches.MicroBatched`.
     """
 
 

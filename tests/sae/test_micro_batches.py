@@ -20,13 +20,15 @@ GATED = Gated(0.3)
 DEAD = 500
 PER_PART = {
   'topk': losses.TopK(((K, 1.0),), auxk=8, dead_tokens=DEAD),
+  'parity': losses.TopK(((K, 1.0),), auxk=8, dead_tokens=DEAD, parity=True),
+  'skip': losses.TopK(TOPK.levels, auxk=8, dead_tokens=DEAD),
   'batch_topk': BatchTopK(K, 8, dead_tokens=DEAD),
   'jumprelu': JumpReLU(1.0, 'target', 0.5, target_l0=4),
 }
 
 
 def start(recipe):
-  if recipe is TOPK:
+  if isinstance(recipe, losses.TopK):
     return sae.init_sae(jax.random.key(0), ACTS[0], L, K)
   return sae.init_tied(jax.random.key(0), ACTS[0], L, GatedActivation(np.zeros(L, 'f'), np.zeros(L, 'f')))
 
@@ -52,27 +54,38 @@ def test_parts_train_as_the_whole(shape, recipe):
 
 
 @pytest.mark.parametrize('kind', PER_PART)
-def test_what_is_of_a_batch_is_of_a_part(mesh, kind):
+def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
   recipe, n, n_shards = PER_PART[kind], 4, mesh.shape['data']
   # Of every device's rows, the first quarter is the first part.
   rows_n = np.arange(B).reshape(n_shards, n, -1).swapaxes(0, 1).reshape(n, -1)
-  threshold = JumpReLUActivation(np.full(L, 0.5, 'f'))
-  model = sae.init_sae(jax.random.key(0), ACTS[0], L, K)
-  model = sae.with_activation(model, threshold) if kind == 'jumprelu' else model
+  model, target_bd, row_scale = sae.init_sae(jax.random.key(0), ACTS[0], L, K), ACTS[0], ()
+  if kind == 'jumprelu':
+    model = sae.with_activation(model, JumpReLUActivation(np.full(L, 0.5, 'f')))
+  if kind == 'skip':
+    model, target_bd = sae.as_transcoder(jax.random.key(1), model, ACTS[1], skip=True), ACTS[1]
+  if kind == 'topk':
+    row_scale = (np.linspace(0.5, 2, L, dtype=np.float32),)
+    model.decoder[...] /= row_scale[0][:, None]
   clock = np.where(np.arange(L) < 40, DEAD, 0).astype(np.int32)
-  metrics, clock_after, grads = jax.jit(MicroBatched(recipe, n).loss_and_grads)(model, ACTS[0], ACTS[0], clock, 0.3, 5)
-  parts, run = [], jax.jit(recipe.loss_and_grads)
+  run, run_parts = (jax.jit(each.loss_and_grads) for each in (recipe, MicroBatched(recipe, n)))
+  metrics, clock_after, grads = run_parts(model, ACTS[0], target_bd, clock, 0.3, 5, *row_scale)
+  parts = []
   for rows in rows_n:
-    of_part, clock, grads_of_part = run(model, ACTS[0][rows], ACTS[0][rows], clock, 0.3, 5)
+    of_part, clock, grads_of_part = run(model, ACTS[0][rows], target_bd[rows], clock, 0.3, 5, *row_scale)
     parts.append((of_part, sae.named_parameters(grads_of_part)))
   np.testing.assert_array_equal(clock_after, clock)
-  for name, value in metrics.items():
-    of_parts = [of_part[name] for of_part, _ in parts]
-    np.testing.assert_allclose(value, of_parts[-1] if name == 'dead' else np.mean(of_parts), rtol=1e-5, err_msg=name)
   assert metrics.get('auxk', 1) > 0
+  expected_of = {name: np.mean([of_part[name] for of_part, _ in parts]) for name in metrics}
+  expected_of['dead'] = parts[-1][0]['dead']
+  squares = 0
   for name, grad in sae.named_parameters(grads).items():
     expected = np.mean([np.asarray(of_part[name][...]) for _, of_part in parts], axis=0)
     np.testing.assert_allclose(grad[...], expected, atol=2e-6 * np.abs(expected).max(), err_msg=name)
+    squares += np.sum(expected**2)
+  if row_scale:
+    expected_of['grad_norm'] = squares**0.5  # not the mean of the parts'
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, expected_of[name], rtol=2e-5, err_msg=name)
 
 
 def test_parts_are_smaller_than_the_whole():
@@ -86,16 +99,18 @@ def test_parts_are_smaller_than_the_whole():
   assert temporary[1] < temporary[0] / 4
 
 
-@pytest.mark.parametrize('recipe', [TOPK, GATED], ids=['topk', 'gated'])
+@pytest.mark.parametrize('recipe', [PER_PART['topk'], GATED], ids=['topk', 'gated'])
 def test_devices_add_their_gradients_once(recipe):
-  mesh_shape, times = {'data': 2, 'model': 2}, []
+  mesh_shape, added = {'data': 2, 'model': 2}, []
   with jax.set_mesh(sharding.make_mesh(**mesh_shape)):
     clock = np.zeros(L, np.int32)
     for objective in (recipe, MicroBatched(recipe, 4)):
       step = jax.jit(objective.loss_and_grads).lower(start(recipe), ACTS[0], ACTS[0], clock, 1.0, 0).compile()
       found = [c for c in hlo.read(step.as_text(), mesh_shape).collectives if 'data' in c.axis]
-      times.append(sum(c.times for c in found if f'[{L // 2},{D}]' in c.shape))
-  assert times[0] == times[1] > 0
+      n_of = lambda shape: sum(c.times * c.shape.count(shape) for c in found)  # noqa: B023
+      added.append((n_of(f'f32[{L // 2},{D}]'), n_of(f'f32[{L // 2}]')))
+  assert added[0] == added[1]
+  assert added[0][0] == 2  # encoder and decoder
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def test_batch_topk_with_nothing_to_train_has_its_threshold(mesh, folder):
   found = train_sae.load(config, folder / 'new')
   assert (found.activation.name, found.n_latents) == ('jumprelu', 96)
   assert abs(report_of(config, found, folder)['l0'] - 4) < 0.1
+  assert report(folder / 'new')['after'] == report_of(config, found, folder)
 
 
 def test_where_growing_failed_nothing_else_is_trained(folder):
@@ -175,6 +176,17 @@ def test_where_growing_failed_nothing_else_is_trained(folder):
     grow.grow(config, folder / 'new', folder / 'old')
     train_sae.run(config, folder / 'new')
     assert train_sae.load(config, folder / 'new').n_latents == 96
+
+
+def test_killed_at_the_very_end_it_is_done_when_run_again(folder, capsys):
+  with jax.set_mesh(sharding.make_mesh()):
+    train_sae.run(config_of(folder, tokens=2 * BATCH), folder / 'old')
+    config = config_of(folder, n_latents=96, tokens=0)
+    grow.grow(config, folder / 'new', folder / 'old')
+    command.write(folder / 'new' / 'sae' / command.GROWING, b'')
+    grow.grow(config, folder / 'new', folder / 'old')
+    assert 'is done already' in capsys.readouterr().out
+    assert not (folder / 'new' / 'sae' / command.GROWING).exists()
 
 
 def test_dead_latents_go_and_new_ones_take_their_places(mesh, folder):
