@@ -399,11 +399,9 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_on_other_meshes(captu
   assert_close(tmp_path, trained_by_two)
 
 
-@pytest.mark.parametrize('shape', [(2, 1), (1, 2)], ids=str)
-def test_from_the_live_model_two_processes_train_what_they_do_from_its_store(captured, trained_by_two, tmp_path, shape):
-  live = ('--config.sae.source=live',)
-  codes, outputs = trained(captured, tmp_path, 2, stopped(9), *shape, victims=(1,), flags=live)
-  assert codes == [0, 0], outputs
-  codes, outputs = trained(captured, tmp_path, 2, SAE, *shape, flags=live)
-  assert codes == [0, 0], outputs
+def test_from_the_live_model_two_processes_train_what_they_do_from_its_store(captured, trained_by_two, tmp_path):
+  for shape, program in [((2, 1), stopped(9)), ((1, 2), SAE)]:
+    codes, outputs = trained(captured, tmp_path, 2, program, *shape, victims=(1,), flags=('--config.sae.source=live',))
+    assert codes == [0, 0], outputs
+    assert all('stopped: ' in output for output in outputs) == (program != SAE)
   assert_close(tmp_path, trained_by_two)
