@@ -1,7 +1,7 @@
 """What a sparse training step is made of, on one shard of latents: select_topk, decode_and_dz, sparse_update.
 
 Each works on [b, k]: the values and the indices of a token's k candidates. `sparse` reads and writes only their rows;
-`sorted` does too, and adds to them in order, which takes a GPU less than half the time and a CPU many times it; `dense`
+`sorted` does too, and adds to them in order, which takes a GPU less than half the time and a CPU some more; `dense`
 multiplies [b, latent] matrices that are 0 elsewhere. Which is faster is a matter of n_latents / k and of the machine,
 and `fastest` measures it. All give the same numbers, up to the order of sums. Kernels written for one device
 (C++, Pallas) belong here as another `Kernels`.
