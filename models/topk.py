@@ -8,6 +8,8 @@ k-th largest value is found a few bits at a time (`_largest`). `local_topk`, `wi
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ GROUP_SIZE = 16  # the fastest of 8 to 32 on a CPU at 2,048 to 24,576 latents
 FIRST_PER_K = 1.5  # at most so many maxima come first: of 0.5 to 8, at 512 to 2,048 groups, none is 3 % faster on a CPU
 MIN_GROUPS_PER_K = 4  # with fewer groups than this times k, choosing the groups costs what it saves
 MOST_COUNTED = 64  # k up to which [b, k, k] comparisons, in memory, sort ties
+ROWS_PER_FEW = 32  # of so many rows, one at most is chosen again by itself
 RADIX_BITS = 3  # a round: the fastest of 2 to 6 on a CPU, where more edges cost more than fewer passes save
 KEY_BITS = 32
 RING = 2  # an all-reduce moves each number twice, to sum it and to spread the sum; an all-gather moves it once
@@ -79,19 +82,28 @@ def _topk_of_maxima(maxima_bg, k):
   return _maxima_first(maxima_bg.reshape(n_rows, -1, n_first), k)
 
 
-def local_topk(x_bl: jax.Array, k: int, bias_l: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def local_topk(
+  x_bl: jax.Array, k: int, bias_l: jax.Array | None = None, any_tie: bool = False
+) -> tuple[jax.Array, jax.Array]:
   """Returns values_bk and indices_bk of the k largest of x_bl + bias_l, descending, ties by lowest index.
 
   It is a faster `jax.lax.top_k`, which never writes the sum to memory. Two stages: the k groups with the largest maxima
   hold every winner, because a winner outside them would mean k larger values. Groups are strided (latents i, i +
-  n_groups, ...), so that their maxima vectorise. Where the k-th and the next value, or maximum, tie in any row, the
-  choice is ambiguous, and plain top-k decides; so it does for NaNs, and for zeros of either sign that tie.
+  n_groups, ...), so that their maxima vectorise. Rows where the k-th and the next value, or maximum, tie are ambiguous,
+  and plain top-k decides them; so it does for zeros of either sign that tie, and for all rows where there is a NaN.
+
+  Args:
+    x_bl: one shard's.
+    k: at most l.
+    bias_l: added to every row.
+    any_tie: leave open which of equal values are chosen, and in which order; if -inf is among the k largest, the index
+      of a larger value may then come again.
   """
   n_rows, n_latents = x_bl.shape
   n_groups = n_latents // GROUP_SIZE
-  plain = lambda *_: _topk(x_bl if bias_l is None else x_bl + bias_l, k)
+  plain = lambda x_bl: _topk(x_bl if bias_l is None else x_bl + bias_l, k)
   if n_latents % GROUP_SIZE or n_groups < MIN_GROUPS_PER_K * k:
-    return plain()
+    return plain(x_bl)
   members = [slice(i * n_groups, (i + 1) * n_groups) for i in range(GROUP_SIZE)]
   # One loop over the rows; a reduction would have the sum, or the reshaped rows, written to memory first.
   maxima_bg = functools.reduce(jnp.maximum, [x_bl[:, i] if bias_l is None else x_bl[:, i] + bias_l[i] for i in members])
@@ -105,15 +117,59 @@ def local_topk(x_bl: jax.Array, k: int, bias_l: jax.Array | None = None) -> tupl
       candidate_values += bias_l.at[candidates_bc].get(mode='promise_in_bounds')
     values, places = _maxima_first(candidate_values.reshape(candidates_bmk.shape), k + 1)
     indices_bk = jnp.take_along_axis(candidates_bc, places[:, :k], axis=1, mode='promise_in_bounds')
-    values_bk, tied_bk = values[:, :k], values[:, :k] == values[:, 1:]
-    tied_groups_b = maxima[:, k - 1] == maxima[:, k]
-    ambiguous = jnp.any(tied_groups_b | tied_bk[:, -1]) | jnp.any(tied_bk & (values_bk == 0))
-    by_index = lambda: (values_bk, _ties_by_index(values_bk, indices_bk))
-    branch = jnp.where(ambiguous, 2, jnp.any(tied_bk).astype(jnp.int32))
-    return jax.lax.switch(branch, [lambda: (values_bk, indices_bk), by_index, plain])
+    if any_tie:
+      return values[:, :k], indices_bk
+    *found, ambiguous_b = _ordered(values, indices_bk)
+    ambiguous_b |= maxima[:, k - 1] == maxima[:, k]
+    return chosen_again(plain, ambiguous_b, tuple(found), x_bl)
 
   # As an argument of a branch, the maxima are written once; else they would be computed wherever they are read.
-  return jax.lax.cond(jnp.any(jnp.isnan(maxima_bg)), plain, two_stages, maxima_bg)
+  return jax.lax.cond(jnp.any(jnp.isnan(maxima_bg)), lambda _: plain(x_bl), two_stages, maxima_bg)
+
+
+def _ordered(values, indices_bk):
+  """Returns values_bk, indices_bk with ties by lowest index, and ambiguous_b: rows where plain top-k must decide.
+
+  Args:
+    values: [b, k + 1], the largest in descending order; the last is only compared with.
+    indices_bk: of the first k.
+  """
+  k = indices_bk.shape[1]
+  values_bk, tied_bk = values[:, :k], values[:, :k] == values[:, 1:]
+  by_index = lambda indices_bk: _ties_by_index(values_bk, indices_bk)
+  indices_bk = jax.lax.cond(jnp.any(tied_bk), by_index, lambda indices_bk: indices_bk, indices_bk)
+  return values_bk, indices_bk, tied_bk[:, -1] | jnp.any(tied_bk & (values_bk == 0), axis=1)
+
+
+def topk_of_candidates(values_bc: jax.Array, indices_bc: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns values_bk and indices_bk of the k < c largest values, as `local_topk`, and settled_b.
+
+  A row is not settled where the k-th and the next value tie, zeros do, or there is a NaN: another choice may be right.
+  """
+  values, places = _topk(values_bc, k + 1)
+  indices_bk = jnp.take_along_axis(indices_bc, places[:, :k], axis=1, mode='promise_in_bounds')
+  values_bk, indices_bk, ambiguous_b = _ordered(values, indices_bk)
+  return values_bk, indices_bk, ~(ambiguous_b | jnp.any(jnp.isnan(values), axis=1))
+
+
+def chosen_again(
+  choose: Callable, rows_b: jax.Array, found: tuple[jax.Array, jax.Array], x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns found, values_bk and indices_bk, with choose(x) in place of the rows where rows_b is.
+
+  A few rows are chosen by themselves; if there are more than one in `ROWS_PER_FEW`, all rows are, and all replaced.
+  """
+  n_rows = len(x)
+  n_few = math.ceil(n_rows / ROWS_PER_FEW)
+
+  def few(*found):
+    (rows,) = jnp.nonzero(rows_b, size=n_few, fill_value=n_rows)
+    again = choose(x.at[rows].get(mode='clip'))
+    return tuple(a.at[rows].set(b, mode='drop') for a, b in zip(found, again, strict=True))
+
+  n_again = jnp.sum(rows_b)
+  branch = (n_again > 0).astype(jnp.int32) + (n_again > n_few)
+  return jax.lax.switch(branch, [lambda *found: found, few, lambda *_: choose(x)], *found)
 
 
 def _keys(values):

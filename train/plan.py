@@ -47,7 +47,6 @@ ACCELERATORS = {
   'H100': ('NVIDIA H100 80GB HBM3', 80e9, 3350e9, ((8, 450e9), (math.inf, 400 * GBIT))),
 }
 MOST_DEVICES = 2048  # that XLA:CPU compiles for in one process
-PLANNED_KERNELS = 'sparse'  # for 'auto', as nothing can be measured
 N_ARRAYS = 6  # of the largest, that are listed
 
 
@@ -155,8 +154,10 @@ def plan(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> Plan:
   sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
   n_all_steps = math.ceil(settings.tokens / settings.batch_size)
   planned = recipes.plan(settings, n_all_steps, len(widths) == 2)
-  if planned.settings.get('kernels') == train_sae.AUTO:
-    planned = recipes.plan({**settings, 'kernels': PLANNED_KERNELS}, n_all_steps, len(widths) == 2)
+  open_fields = [field for field, x in planned.settings.items() if x == recipes.AUTO]
+  if open_fields:
+    until = {field: recipes.UNTIL_MEASURED[field] for field in open_fields}
+    planned = recipes.plan({**settings, **until}, n_all_steps, len(widths) == 2)
   mesh_shape = dict(jax.sharding.get_mesh().shape)
 
   state, n_steps = abstract_state(planned, widths), min(settings.steps_per_dispatch, n_all_steps)

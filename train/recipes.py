@@ -33,8 +33,8 @@ MULTI_TOPK_RATIO, MULTI_TOPK_WEIGHT = 4, 1 / 8  # L(k) + L(4k) / 8 (Gao et al. 2
 EXPECTED_AVERAGE = 'expected_average'
 NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', EXPECTED_AVERAGE)
 REQUIRED = object()
-AUTO = 'auto'  # kernels that train.sae replaces by the fastest of the machine, and that are 'sparse' until then
-COMPUTE_DTYPES = ('float32', 'bfloat16')
+AUTO = 'auto'  # of UNTIL_MEASURED: train.sae replaces it by what is fastest on the machine
+UNTIL_MEASURED = {'kernels': 'sparse', 'compute_dtype': 'float32'}
 CALIBRATION_TOKENS = 4096
 # Fields that any recipe may have, with what they are when left out. The rest of config.sae is train.sae's own.
 SHARED = {
@@ -54,7 +54,7 @@ SHARED = {
   'micro_batches': 1,  # parts of a batch whose gradients are summed, for memory
 }
 AUXK = {'auxk': 0, 'auxk_coef': 1 / 32}
-TOPK = {'k': REQUIRED, **AUXK, 'compute_dtype': 'float32', 'kernels': AUTO, 'parity': False}
+TOPK = {'k': REQUIRED, **AUXK, 'compute_dtype': AUTO, 'kernels': AUTO, 'parity': False}
 RESAMPLE = {'resample_every': 0, 'resample_until': 0, 'resample_exponent': 2.0}  # in steps; 0: never
 
 
@@ -68,12 +68,13 @@ def _multi_topk(s):
 
 
 def _of_topk(s):
+  measured = {field: until if s[field] == AUTO else s[field] for field, until in UNTIL_MEASURED.items()}
   return {
     'auxk': s['auxk'],
     'auxk_coef': s['auxk_coef'],
     'dead_tokens': s['dead_tokens'],
-    'dtype': s['compute_dtype'],
-    'kernels': 'sparse' if s['kernels'] == AUTO else s['kernels'],
+    'dtype': measured['compute_dtype'],
+    'kernels': measured['kernels'],
     'parity': s['parity'],
   }
 
@@ -291,7 +292,7 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
 def _check(s, target, batch_size):
   choices = {
     'normalization': NORMALIZATIONS,
-    'compute_dtype': COMPUTE_DTYPES,
+    'compute_dtype': (AUTO, *kernels.DTYPES),
     'kernels': (AUTO, *kernels.KERNELS),
   }
   for field, known in choices.items():

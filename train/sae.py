@@ -35,7 +35,6 @@ from train import capture, command, dashboards, processes, recipes, sweep, throu
 
 SAMPLE_TOKENS = 32_768  # for pre_bias and mse_scale, as OpenAI's trainer takes
 SOURCES = ('store', 'live')
-AUTO = 'auto'  # kernels
 # What changes how training is watched, and not the SAE: a run may go on with others.
 WATCHING = {'checkpoints': 2, 'spike_factor': 5.0, 'log_to': ''}
 SPIKE_LINES, SPIKE_LEAST = 100, 20  # logged losses whose median a loss is compared with, and how many there must be
@@ -139,8 +138,8 @@ def _members(config, workdir) -> list[_Member]:
   return found
 
 
-def _choose_kernels(settings, members, widths, path):
-  """Replaces kernels 'auto' by the fastest here for a device's latents, once for a folder: others round otherwise.
+def _choose_fastest(settings, members, widths, path):
+  """Replaces 'auto' by what is fastest here for a device's latents, once for a folder: sums differ in their order.
 
   Args:
     settings: config.sae.
@@ -152,22 +151,31 @@ def _choose_kernels(settings, members, widths, path):
   own = {
     member.name: (member.settings.n_latents // n_shards, widths[member.settings.site], member.settings.k)
     for member in members
-    if member.plan.settings.get('kernels') == AUTO
+    if recipes.AUTO in member.plan.settings.values()
   }
   if not own:
     return
 
   def choose():
     if not path.exists():
-      store.write_json(path, {name: kernels.fastest(*sizes) for name, sizes in own.items()})
+      store.write_json(path, {name: _fastest(*sizes) for name, sizes in own.items()})
     return json.loads(path.read_text('utf-8'))
 
   chosen = processes.on_first(choose)
   n_steps = math.ceil(settings.tokens / settings.batch_size)
   for member in members:
     if member.name in own:
-      with_kernels = {**member.settings.to_dict(), 'kernels': chosen[member.name]}
-      member.plan = recipes.plan(with_kernels, n_steps, member.target_site is not None)
+      is_open = lambda field, of=member.plan.settings: of[field] == recipes.AUTO
+      settled = {
+        **member.settings.to_dict(),
+        **{field: x for field, x in chosen[member.name].items() if is_open(field)},
+      }
+      member.plan = recipes.plan(settled, n_steps, member.target_site is not None)
+
+
+def _fastest(n_latents, d, k):
+  choice = kernels.fastest(n_latents, d, k)
+  return {'kernels': choice.kernels, 'compute_dtype': choice.dtype}
 
 
 def _watching(settings, field):
@@ -198,8 +206,8 @@ def run(config, workdir):
     key = jax.random.key(config.seed)
     with processes.together():
       sample = first_tokens(batches, config.sae)
-    _choose_kernels(
-      config.sae, members, {site: x.shape[1] for site, x in sample.items()}, workdir / 'sae' / 'kernels.json'
+    _choose_fastest(
+      config.sae, members, {site: x.shape[1] for site, x in sample.items()}, workdir / 'sae' / 'fastest.json'
     )
     states = {member.name: _fresh(member, sample, key) for member in members}
     checkpoints = held.enter_context(

@@ -9,6 +9,7 @@ and `fastest` measures it. All give the same numbers, up to the order of sums. K
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.topk import local_topk
+from models.topk import chosen_again, local_topk, topk_of_candidates
 
 # Tokens encoded at a time, so that the pre-activations of a whole batch are never allocated: on a CPU 512 are slower
 # and 4,096 no faster; an accelerator needs more to be busy.
@@ -29,8 +30,13 @@ UNROLL = 16
 # on two threads where a loop has enough operations, and with so few tokens little between them leaves the cache. One
 # part or four are slower, and so are 512 tokens.
 ADD_ROWS = 1024
-DOT_ROWS = 64  # on a CPU, tokens whose k rows are gathered together, [64, k, d]
-SPARE_CANDIDATES = 16  # beyond k, taken by products in bfloat16: of them the k largest in float32 are exact
+GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, those of 1024 / k tokens
+# Candidates beyond k that products in bfloat16 take, for the k largest in float32 to be proven among them: some, and a
+# share of k. What rounding may add, in standard deviations of pre-activations, grows with the root of d; at d 768, with
+# k 32 of 8,192 or 24,576 latents, half as many leave a token in a thousand unproven, and as many none.
+SPARE_CANDIDATES, SPARE_PER_K, SPARE_D = 16, 0.5, 768
+SMALLEST_NORM = 1e-13  # whose square, and that of what rounding takes off it, float32 can tell from 0
+DTYPES = 'float32', 'bfloat16'  # in which candidates may be chosen
 PROBE_ROWS, PROBE_REPEATS = 1024, 3
 
 
@@ -97,7 +103,7 @@ def _sparse_weighted_sum(values_bk, w_ld, indices_bk):
 def _sparse_dot(x_bd, w_ld, indices_bk):
   def blocked(x_bd, w_ld, indices_bk):
     dot = lambda x_bd, indices_bk: jnp.einsum('bd,bkd->bk', x_bd, _rows(w_ld, indices_bk))
-    return _in_blocks(dot, DOT_ROWS, x_bd, indices_bk)
+    return _in_blocks(dot, max(1, GATHERED_ROWS // indices_bk.shape[1]), x_bd, indices_bk)
 
   # An accelerator's compiler gathers within the sum; a CPU's would do it one number at a time.
   fused = lambda x_bd, w_ld, indices_bk: jnp.sum(x_bd[:, None] * _rows(w_ld, indices_bk), axis=-1)
@@ -119,7 +125,7 @@ def _sparse_error_and_dot(values_bk, w_ld, indices_bk, target_bd):
       error_bd = target_bd - jnp.einsum('bk,bkd->bd', values_bk, rows_bkd)
       return error_bd, jnp.einsum('bd,bkd->bk', error_bd, rows_bkd)
 
-    return _in_blocks(block, DOT_ROWS, values_bk, indices_bk, target_bd)
+    return _in_blocks(block, max(1, GATHERED_ROWS // indices_bk.shape[1]), values_bk, indices_bk, target_bd)
 
   default = _one_after_other(_sparse_weighted_sum, _sparse_dot)
   return jax.lax.platform_dependent(values_bk, w_ld, indices_bk, target_bd, cpu=blocked, default=default)
@@ -222,27 +228,54 @@ KERNELS = {
 def select_topk(
   kernels: Kernels, x_bd: jax.Array, encoder_ld: jax.Array, latent_bias_l: jax.Array, k: int, dtype: str = 'float32'
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns values_bk and indices_bk of the k largest pre-activations, in descending order.
+  """Returns values_bk and indices_bk of the k largest pre-activations, in descending order, ties by lowest index.
 
-  In bfloat16 more candidates are chosen by rounded products with float32 sums, and the k largest of them by their
-  pre-activations in float32, which are what is returned. With 16 to spare the choice is that of float32 but for ties.
+  In bfloat16 the result is the same, up to the order of sums, and a CPU or accelerator multiplies faster. Products of
+  rounded numbers, summed in float32, choose more candidates than k, whose pre-activations are computed in float32. The
+  k largest are the result where no other latent can reach them: its rounded product is below the last candidate's, and
+  rounding changes products by no more than `_rounding`. Tokens where this does not hold, and those with ties, are
+  chosen again in float32.
   """
 
-  def largest(x_bd, encoder_ld, k):
+  def largest(x_bd, encoder_ld, k, any_tie=False):
     def in_blocks(n_rows, x_bd, encoder_ld, latent_bias_l):
-      product = lambda x_bd: jnp.einsum('bd,ld->bl', x_bd, encoder_ld, preferred_element_type=latent_bias_l.dtype)
-      return _in_blocks(lambda x_bd: local_topk(product(x_bd), k, latent_bias_l), n_rows, x_bd)
+      precision = 'highest' if x_bd.dtype == jnp.float32 else None  # accelerators would round
+      product = functools.partial(jnp.einsum, 'bd,ld->bl', precision=precision, preferred_element_type=jnp.float32)
+      return _in_blocks(lambda x_bd: local_topk(product(x_bd, encoder_ld), k, latent_bias_l, any_tie), n_rows, x_bd)
 
     cpu, accelerator = (functools.partial(in_blocks, n_rows) for n_rows in (BLOCK_ROWS, ACCELERATOR_BLOCK_ROWS))
     return jax.lax.platform_dependent(x_bd, encoder_ld, latent_bias_l, cpu=cpu, default=accelerator)
 
-  if dtype == 'float32':
+  d = x_bd.shape[1]
+  n_candidates = k + SPARE_CANDIDATES + math.ceil(SPARE_PER_K * k * (d / SPARE_D) ** 0.5)
+  if dtype == 'float32' or n_candidates >= len(encoder_ld):
     return largest(x_bd, encoder_ld, k)
-  n_candidates = min(k + SPARE_CANDIDATES, len(encoder_ld))
-  _, indices_bk = largest(x_bd.astype(dtype), encoder_ld.astype(dtype), n_candidates)
-  exact_bk = kernels.dot(x_bd, encoder_ld, indices_bk) + latent_bias_l[indices_bk]
-  values_bk, places_bk = local_topk(exact_bk, k)
-  return values_bk, jnp.take_along_axis(indices_bk, places_bk, axis=1, mode='promise_in_bounds')
+  rounded_bd, rounded_ld = x_bd.astype(dtype), encoder_ld.astype(dtype)
+  rounded_bc, candidates_bc = largest(rounded_bd, rounded_ld, n_candidates, any_tie=True)
+  exact_bc = kernels.dot(x_bd, encoder_ld, candidates_bc) + latent_bias_l[candidates_bc]
+  values_bk, indices_bk, settled_b = topk_of_candidates(exact_bc, candidates_bc, k)
+  most_of_others_b = rounded_bc[:, -1] + _rounding(x_bd, rounded_bd, encoder_ld, rounded_ld)
+  proven_b = settled_b & (most_of_others_b < values_bk[:, -1])
+  return chosen_again(lambda x_bd: largest(x_bd, encoder_ld, k), ~proven_b, (values_bk, indices_bk), x_bd)
+
+
+def _rounding(x_bd, rounded_bd, encoder_ld, rounded_ld):
+  """Returns, for each token, the most that its products with any row change when both are rounded.
+
+  x w - x' w' = (x - x') w + x' (w - w'), and each is at most a product of norms (Cauchy and Schwarz). The sum of d
+  products in float32 is off by d 2^-24 times the product of norms: that of the rounded numbers, and that of the others
+  in each of two orders.
+  """
+
+  def norm(x_nd):
+    return jnp.sqrt(jnp.sum(x_nd.astype(jnp.float32) ** 2, axis=-1))
+
+  largest_norm = lambda w_ld: jnp.max(norm(w_ld))
+  x_norm_b, w_norm = norm(x_bd), largest_norm(encoder_ld)
+  off_b = norm(x_bd - rounded_bd.astype(jnp.float32)) * w_norm
+  off_b += norm(rounded_bd) * largest_norm(encoder_ld - rounded_ld.astype(jnp.float32))
+  off_b += 3 * x_bd.shape[1] * 2.0**-24 * x_norm_b * w_norm
+  return jnp.where((x_norm_b > SMALLEST_NORM) & (w_norm > SMALLEST_NORM), off_b, jnp.inf)
 
 
 def decode_and_dz(
@@ -305,31 +338,44 @@ def sparse_update(
   )
 
 
-@functools.cache
-def fastest(n_latents: int, d: int, k: int) -> str:
-  """Returns the name of the kernels that are fastest on one device of this machine at these sizes, by trying them.
+class Choice(NamedTuple):
+  """Of `KERNELS`, and the dtype in which `select_topk` chooses candidates."""
 
-  Sparse ones move k rows a token where dense ones multiply by all: which wins depends on n_latents / k against the
-  ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators).
+  kernels: str
+  dtype: str
+
+
+@functools.cache
+def fastest(n_latents: int, d: int, k: int) -> Choice:
+  """Returns what is fastest on one device of this machine at these sizes, by trying it.
+
+  Sparse kernels move k rows a token where dense ones multiply by all: which wins depends on n_latents / k against the
+  ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators). Choosing in
+  bfloat16 wins where products are faster in it by more than twice k rows a token cost.
   """
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   x_bd, w_ld, values_bk = normal(PROBE_ROWS, d), normal(n_latents, d), normal(PROBE_ROWS, k)
   indices_bk = jnp.asarray(rng.integers(n_latents, size=(PROBE_ROWS, k)), jnp.int32)
 
-  def seconds(kernels):
-    @jax.jit
-    def run(values_bk, w_ld, x_bd, indices_bk):
-      error_bd, products_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
-      grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
-      grads = sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
-      return jax.tree.map(jnp.sum, grads)  # not the gradients: allocating results would be most of the time
+  @functools.partial(jax.jit, static_argnums=0)
+  def update(kernels, values_bk, w_ld, x_bd, indices_bk):
+    error_bd, products_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
+    grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
+    grads = sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
+    return jax.tree.map(jnp.sum, grads)  # not the gradients: allocating results would be most of the time
 
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def select(kernels, dtype, w_ld, x_bd):
+    return select_topk(kernels, x_bd, w_ld, jnp.zeros(n_latents), k, dtype)
+
+  def seconds(run):
     times = []
     for _ in range(PROBE_REPEATS + 1):  # the first compiles
       began = time.perf_counter()
-      jax.block_until_ready(run(values_bk, w_ld, x_bd, indices_bk))
+      jax.block_until_ready(run())
       times.append(time.perf_counter() - began)
     return min(times[1:])
 
-  return min(KERNELS, key=lambda name: seconds(KERNELS[name]))
+  name = min(KERNELS, key=lambda name: seconds(lambda: update(KERNELS[name], values_bk, w_ld, x_bd, indices_bk)))
+  return Choice(name, min(DTYPES, key=lambda dtype: seconds(lambda: select(KERNELS[name], dtype, w_ld, x_bd))))

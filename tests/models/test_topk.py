@@ -1,5 +1,6 @@
 """Top-k is exact, ties go to the lowest index, on every mesh, and no shard sees another's latents."""
 
+import functools
 import re
 
 import jax
@@ -102,6 +103,48 @@ def test_groups_of_any_number_hold_the_largest(n_groups, k):
   expected_values, expected_indices = jax.lax.top_k(x_bl, k)
   np.testing.assert_array_equal(values_bk, expected_values)
   np.testing.assert_array_equal(indices_bk, expected_indices)
+
+
+@pytest.mark.parametrize('n_tied', [1, 2, 3, 40])
+def test_rows_that_tie_for_the_last_place_are_few_or_many(n_tied):
+  n_rows = 2 * topk.ROWS_PER_FEW
+  x_bl = np.random.default_rng(2).normal(size=(n_rows, L)).astype(np.float32)
+  x_bl[5 : 5 + n_tied, 100:110] = 10
+  values_bk, indices_bk = jax.jit(topk.local_topk, static_argnums=1)(x_bl, TWO_STAGE)
+  expected_values, expected_indices = stable_topk(x_bl, TWO_STAGE)
+  np.testing.assert_array_equal(values_bk, expected_values)
+  np.testing.assert_array_equal(indices_bk, expected_indices)
+
+
+@pytest.mark.parametrize('n_again', [0, 1, 3, 4, 96])
+def test_few_rows_are_chosen_again_by_themselves(n_again):
+  n_rows, n_few = 96, 96 // topk.ROWS_PER_FEW
+  found, x = (jnp.zeros((n_rows, 2)), jnp.zeros((n_rows, 2), jnp.int32)), jnp.arange(1, n_rows + 1)
+  choose = lambda x: (x[:, None] * jnp.ones(2), x[:, None] * jnp.ones(2, jnp.int32))
+  rows_b = np.isin(np.arange(n_rows), np.random.default_rng(3).permutation(n_rows)[:n_again])
+  for result in jax.jit(functools.partial(topk.chosen_again, choose))(rows_b, found, x):
+    expected_b = np.where(rows_b | (n_again > n_few), x, 0)
+    np.testing.assert_array_equal(result, np.stack([expected_b, expected_b], axis=1))
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_any_choice_among_ties_has_the_largest_values(way):
+  x_bl = jnp.asarray(WAYS[way], jnp.float32)
+  values_bk, indices_bk = jax.jit(lambda x_bl: topk.local_topk(x_bl, TWO_STAGE, any_tie=True))(x_bl)
+  np.testing.assert_array_equal(values_bk, jax.lax.top_k(x_bl, TWO_STAGE)[0])
+  finite = np.isfinite(values_bk)
+  np.testing.assert_array_equal(np.take_along_axis(x_bl, indices_bk, 1)[finite], values_bk[finite])
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_candidates_that_are_settled_are_in_the_order_of_all(way):
+  x_bl = np.asarray(WAYS[way], np.float32)
+  backwards = np.broadcast_to(np.arange(L)[::-1], (B, L))
+  values_bk, indices_bk, settled_b = jax.jit(topk.topk_of_candidates, static_argnums=2)(x_bl[:, ::-1], backwards, 4)
+  settled_b = np.asarray(settled_b)
+  for found, expected in zip((values_bk, indices_bk), stable_topk(x_bl, 4), strict=True):
+    np.testing.assert_array_equal(found[settled_b], expected[settled_b])
+  assert settled_b.all() == (way in ('no ties', 'ties above the last', 'ties of a group', 'infinities'))
 
 
 def test_many_ties_are_sorted_in_the_memory_of_a_row():

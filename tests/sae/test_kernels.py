@@ -16,7 +16,7 @@ TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   monkeypatch.setattr(kernels, 'BLOCK_ROWS', 32)
-  monkeypatch.setattr(kernels, 'DOT_ROWS', 16)
+  monkeypatch.setattr(kernels, 'GATHERED_ROWS', 16 * K)
   monkeypatch.setattr(kernels, 'ADD_ROWS', 32)
   monkeypatch.setattr(kernels, 'UNROLL', 8)
 
@@ -94,8 +94,84 @@ def test_the_largest_preactivations_are_chosen_and_are_float32(kind, dtype):
   np.testing.assert_allclose(values_bk, np.take_along_axis(preacts_bl, expected_bk, 1), rtol=1e-5)
 
 
+def check_selection(x_bd, encoder_ld, k=8):
+  """Checks what is chosen in bfloat16 by that of float64, ties by lowest index."""
+  bias_l = jnp.zeros(len(encoder_ld))
+  run = jax.jit(lambda x_bd: kernels.select_topk(kernels.KERNELS['sparse'], x_bd, encoder_ld, bias_l, k, 'bfloat16'))
+  values_bk, indices_bk = run(jnp.asarray(x_bd, jnp.float32))
+  preacts_bl = np.asarray(x_bd, np.float64) @ np.asarray(encoder_ld, np.float64).T
+  expected_bk = np.argsort(-preacts_bl, axis=1, kind='stable')[:, :k]
+  np.testing.assert_array_equal(indices_bk, expected_bk)
+  np.testing.assert_allclose(values_bk, np.take_along_axis(preacts_bl, expected_bk, 1), rtol=1e-4, atol=1e-30)
+
+
+def _chosen_by_rounded(x_bd, encoder_ld, n):
+  rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+  return np.argsort(-(rounded(x_bd) @ rounded(encoder_ld).T), axis=1)[:, :n]
+
+
+@pytest.mark.parametrize('n_hard', [1, 3, 4, B])
+def test_tokens_that_rounding_hides_the_choice_from_are_chosen_again(n_hard):
+  rng = np.random.default_rng(3)
+  encoder_ld, k = rng.normal(size=(L, D)), 8
+  encoder_ld[::2] = encoder_ld[0] + 1e-3 * rng.normal(size=(L // 2, D))  # bfloat16 has 8 bits
+  x_bd = rng.normal(size=(B, D))
+  x_bd -= 2 * np.maximum(x_bd @ encoder_ld[0], 0)[:, None] * encoder_ld[0] / np.sum(encoder_ld[0] ** 2)
+  x_bd[rng.permutation(B)[:n_hard]] = encoder_ld[0] * rng.uniform(1, 2, size=(n_hard, 1))
+  encoder_ld = jnp.asarray(encoder_ld, jnp.float32)
+  candidates = _chosen_by_rounded(x_bd, encoder_ld, k + kernels.SPARE_CANDIDATES + 1)
+  winners = np.argsort(-(x_bd @ np.asarray(encoder_ld, np.float64).T), axis=1)[:, :k]
+  missed_b = [not set(of) <= set(among) for of, among in zip(winners.tolist(), candidates.tolist(), strict=True)]
+  assert n_hard / 2 <= sum(missed_b) <= n_hard  # by chance rounding may hide nothing
+  check_selection(np.asarray(x_bd, np.float32), encoder_ld, k)
+
+
+def test_equal_latents_chosen_in_bfloat16_are_ordered_by_index():
+  rng = np.random.default_rng(4)
+  encoder_ld = rng.integers(-2, 3, size=(L, D))
+  encoder_ld[200:] = encoder_ld[rng.permutation(200)[: L - 200]]
+  for x_bd in (rng.integers(-2, 3, size=(B, D)), rng.normal(size=(B, D))):
+    check_selection(x_bd, jnp.asarray(encoder_ld, jnp.float32))
+
+
+@pytest.mark.parametrize('x', [0.0, 1e-25, 1e-12, 1e12])
+def test_tokens_of_any_size_are_chosen_in_bfloat16(x):
+  x_bd, encoder_ld, _, _ = arrays()
+  x_bd = np.array(x_bd)
+  x_bd[5:9] *= np.float32(x)
+  check_selection(x_bd, encoder_ld)
+
+
+def test_a_nan_of_one_token_leaves_the_others_as_they_are():
+  x_bd, encoder_ld, _, _ = arrays()
+  select = jax.jit(lambda x_bd: kernels.select_topk(kernels.KERNELS['sparse'], x_bd, encoder_ld, bias_l, 8, 'bfloat16'))
+  bias_l = jnp.zeros(L)
+  with_nan, without = select(x_bd.at[3, 2].set(jnp.nan)), select(x_bd)
+  others = np.arange(B) != 3
+  for a, b in zip(with_nan, without, strict=True):
+    np.testing.assert_array_equal(a[others], b[others])
+  assert np.isnan(with_nan[0][3]).all()
+
+
+@pytest.mark.parametrize('outlier', [1, 100])
+def test_rounding_changes_no_product_by_more_than_the_bound(outlier):
+  rng = np.random.default_rng(5)
+  scale_d = np.where(np.arange(512) == 7, outlier, 1)
+  x_bd, encoder_ld = (jnp.asarray(rng.normal(size=(n, 512)) * scale_d, jnp.float32) for n in (64, 512))
+  rounded_bd, rounded_ld = x_bd.astype(jnp.bfloat16), encoder_ld.astype(jnp.bfloat16)
+  product = jnp.einsum('bd,ld->bl', rounded_bd, rounded_ld, preferred_element_type=jnp.float32)
+  exact_bl = np.asarray(x_bd, np.float64) @ np.asarray(encoder_ld, np.float64).T
+  bound_b = kernels._rounding(x_bd, rounded_bd, encoder_ld, rounded_ld)
+  off_b = np.abs(np.asarray(product, np.float64) - exact_bl).max(1)
+  norms_b = np.linalg.norm(x_bd, axis=1) * np.linalg.norm(encoder_ld, axis=1).max()
+  assert (off_b < bound_b).all()
+  assert (bound_b < 2**-7 * norms_b).all()  # two roundings by half a unit in the last of 8 places
+
+
 def test_the_fastest_kernels_are_measured_once():
-  assert kernels.fastest(64, D, 4) in kernels.KERNELS
+  choice = kernels.fastest(64, D, 4)
+  assert choice.kernels in kernels.KERNELS
+  assert choice.dtype in kernels.DTYPES
   misses = kernels.fastest.cache_info().misses
   kernels.fastest(64, D, 4)
   assert kernels.fastest.cache_info().misses == misses

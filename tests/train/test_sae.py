@@ -520,19 +520,21 @@ def test_flops_of_a_token_are_those_of_its_products():
   assert train_sae.flops(found, 4) == 2 * 64 * 8 + 4 * 4 * 2 * 8
 
 
-def test_the_choice_of_kernels_is_kept_for_runs_that_go_on(one_device, activations, monkeypatch):
-  asked, chosen = itertools.count(1), iter(['dense', 'sparse'])
+@pytest.mark.parametrize(('own_dtype', 'dtype'), [('auto', 'bfloat16'), ('float32', 'float32')])
+def test_what_is_fastest_is_kept_for_runs_that_go_on(one_device, activations, monkeypatch, own_dtype, dtype):
+  asked = itertools.count(1)
+  chosen = iter([train_sae.kernels.Choice('dense', 'bfloat16'), train_sae.kernels.Choice('sparse', 'float32')])
   monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k: next(chosen))
   monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
   used, train_steps = set(), train_sae.train_step.train_steps
 
   def train(state, acts_sbd, tx, recipe, *args):
-    used.add(recipe.kernels)
+    used.add((recipe.kernels, recipe.dtype))
     return train_steps(state, acts_sbd, tx, recipe, *args)
 
   monkeypatch.setattr(train_sae.train_step, 'train_steps', train)
   with pytest.raises(command.Stopped):
-    train_sae.run(config_of(activations, kernels='auto'), activations)
-  train_sae.run(config_of(activations, kernels='auto'), activations)
-  assert used == {'dense'}
-  assert next(chosen) == 'sparse'
+    train_sae.run(config_of(activations, kernels='auto', compute_dtype=own_dtype), activations)
+  train_sae.run(config_of(activations, kernels='auto', compute_dtype=own_dtype), activations)
+  assert used == {('dense', dtype)}
+  assert next(chosen).kernels == 'sparse'
