@@ -233,7 +233,7 @@ def select_topk(
   In bfloat16 the result is the same, up to the order of sums, and a CPU or accelerator multiplies faster. Products of
   rounded numbers, summed in float32, choose more candidates than k, whose pre-activations are computed in float32. The
   k largest are the result where no other latent can reach them: its rounded product is below the last candidate's, and
-  rounding changes products by no more than `_rounding`. Tokens where this does not hold, and those with ties, are
+  rounding changes products by no more than `_rounding_error`. Tokens where this does not hold, and those with ties, are
   chosen again in float32.
   """
 
@@ -250,16 +250,15 @@ def select_topk(
   n_candidates = k + SPARE_CANDIDATES + math.ceil(SPARE_PER_K * k * (d / SPARE_D) ** 0.5)
   if dtype == 'float32' or n_candidates >= len(encoder_ld):
     return largest(x_bd, encoder_ld, k)
-  rounded_bd, rounded_ld = x_bd.astype(dtype), encoder_ld.astype(dtype)
-  rounded_bc, candidates_bc = largest(rounded_bd, rounded_ld, n_candidates, any_tie=True)
+  rounded_bc, candidates_bc = largest(x_bd.astype(dtype), encoder_ld.astype(dtype), n_candidates, any_tie=True)
   exact_bc = kernels.dot(x_bd, encoder_ld, candidates_bc) + latent_bias_l[candidates_bc]
   values_bk, indices_bk, settled_b = topk_of_candidates(exact_bc, candidates_bc, k)
-  most_of_others_b = rounded_bc[:, -1] + _rounding(x_bd, rounded_bd, encoder_ld, rounded_ld)
+  most_of_others_b = rounded_bc[:, -1] + _rounding_error(x_bd, encoder_ld, dtype)
   proven_b = settled_b & (most_of_others_b < values_bk[:, -1])
   return chosen_again(lambda x_bd: largest(x_bd, encoder_ld, k), ~proven_b, (values_bk, indices_bk), x_bd)
 
 
-def _rounding(x_bd, rounded_bd, encoder_ld, rounded_ld):
+def _rounding_error(x_bd, encoder_ld, dtype):
   """Returns, for each token, the most that its products with any row change when both are rounded.
 
   x w - x' w' = (x - x') w + x' (w - w'), and each is at most a product of norms (Cauchy and Schwarz). The sum of d
@@ -267,15 +266,19 @@ def _rounding(x_bd, rounded_bd, encoder_ld, rounded_ld):
   in each of two orders.
   """
 
-  def norm(x_nd):
-    return jnp.sqrt(jnp.sum(x_nd.astype(jnp.float32) ** 2, axis=-1))
+  finfo = jnp.finfo(dtype)
 
-  largest_norm = lambda w_ld: jnp.max(norm(w_ld))
-  x_norm_b, w_norm = norm(x_bd), largest_norm(encoder_ld)
-  off_b = norm(x_bd - rounded_bd.astype(jnp.float32)) * w_norm
-  off_b += norm(rounded_bd) * largest_norm(encoder_ld - rounded_ld.astype(jnp.float32))
-  off_b += 3 * x_bd.shape[1] * 2.0**-24 * x_norm_b * w_norm
-  return jnp.where((x_norm_b > SMALLEST_NORM) & (w_norm > SMALLEST_NORM), off_b, jnp.inf)
+  def norms(x_nd):
+    norm = lambda x_nd: jnp.sum(x_nd**2, axis=1) ** 0.5
+    # Not by casting there and back, which XLA may leave out.
+    return norm(x_nd), norm(x_nd - jax.lax.reduce_precision(x_nd, finfo.nexp, finfo.nmant))
+
+  # On a CPU in blocks: XLA (jax 0.10.2) would write what is summed to memory.
+  blocked = functools.partial(_in_blocks, norms, BLOCK_ROWS)
+  norm_b, off_b = norms(x_bd)
+  norm, off = map(jnp.max, jax.lax.platform_dependent(encoder_ld, cpu=blocked, default=norms))
+  most_b = off_b * norm + (norm_b + off_b) * off + 3 * x_bd.shape[1] * 2.0**-24 * norm_b * norm
+  return jnp.where((norm_b > SMALLEST_NORM) & (norm > SMALLEST_NORM), most_b, jnp.inf)
 
 
 def decode_and_dz(

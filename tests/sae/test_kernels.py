@@ -161,11 +161,11 @@ def test_rounding_changes_no_product_by_more_than_the_bound(outlier):
   rounded_bd, rounded_ld = x_bd.astype(jnp.bfloat16), encoder_ld.astype(jnp.bfloat16)
   product = jnp.einsum('bd,ld->bl', rounded_bd, rounded_ld, preferred_element_type=jnp.float32)
   exact_bl = np.asarray(x_bd, np.float64) @ np.asarray(encoder_ld, np.float64).T
-  bound_b = kernels._rounding(x_bd, rounded_bd, encoder_ld, rounded_ld)
+  bound_b = jax.jit(kernels._rounding_error, static_argnums=2)(x_bd, encoder_ld, 'bfloat16')
   off_b = np.abs(np.asarray(product, np.float64) - exact_bl).max(1)
   norms_b = np.linalg.norm(x_bd, axis=1) * np.linalg.norm(encoder_ld, axis=1).max()
   assert (off_b < bound_b).all()
-  assert (bound_b < 2**-7 * norms_b).all()  # two roundings by half a unit in the last of 8 places
+  assert (bound_b < 1.02 * 2**-7 * norms_b).all()  # two roundings by half a unit in the last of 8 places, and sums
 
 
 def test_the_fastest_kernels_are_measured_once():
