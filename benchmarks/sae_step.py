@@ -10,7 +10,7 @@ Sparsify runs twice: as shipped, where its Trainer asks for set_float32_matmul_p
 'medium', which lets torch multiply float32 with other kernels (faster on AMD, as exact), and Adam(fused=True).
 Plain torch is a step that anybody would write: torch.topk, an embedding bag, autograd, the tuned settings. On a GPU
 sparsify multiplies in bfloat16, whatever is asked; --dtype=bfloat16 lets plain torch do so too. Ours chooses
-candidates in bfloat16 where that is measured to be faster; what it chooses and computes is in float32, either way.
+latents in bfloat16 where that is measured to be faster, which are those of float32, and computes in float32.
 
   pip install torch==2.13.0 && pip install --no-deps eai-sparsify dictionary-learning sae-lens nnsight \
     'transformer-lens>=2.16.1,<4' && pip install accelerate beartype better-abc datasets docstring-parser einops \
@@ -97,8 +97,10 @@ def _ours(job, pool):
     activation_functions.TopK(k),
   )
   levels = ((k, 1.0), (4 * k, 1 / 8)) if job.get('multi') else ((k, 1.0),)
-  choice = kernels.fastest(job['n'], D, k)
-  how = {'kernels': job.get('kernels') or choice.kernels, 'dtype': job.get('choose_in') or choice.dtype}
+  how = {
+    'kernels': job.get('kernels') or kernels.fastest(job['n'], D, k),
+    'dtype': job.get('choose_in') or kernels.fastest_dtype(job['n'], D, max(of for of, _ in levels)),
+  }
   objective = losses.TopK(levels, D // 2 if job['auxk'] else 0, dead_tokens=DEAD_TOKENS, **how)
   tx = optimizer.adam(job['learning_rate'], eps=1e-8)  # torch's
   state = train_step.init_state(fresh, pool[0], tx)
@@ -387,8 +389,7 @@ def _measure(title, variants, rounds):
 
 def _compare(job, peers, rounds):
   variants = [_Variant('ours', kind='ours', **job)]
-  if job['dtype'] == 'float32':
-    variants.append(_Variant('ours, candidates in float32', kind='ours', choose_in='float32', **job))
+  variants.append(_Variant('ours, chosen in float32', kind='ours', choose_in='float32', **job))
   for name, (kind, tuned, module) in PEERS.items():
     if kind not in peers or (kind == 'torch' and job['auxk']):  # it has no AuxK
       continue
@@ -414,8 +415,8 @@ def _sweep(job, rounds, meshes):
       'one step a call': {'steps_per_call': 1},
       'dense kernels': {'kernels': 'dense'},
       'sorted kernels': {'kernels': 'sorted'},
-      'candidates in float32': {'choose_in': 'float32'},
-      'candidates in bfloat16': {'choose_in': 'bfloat16'},
+      'chosen in float32': {'choose_in': 'float32'},
+      'chosen in bfloat16': {'choose_in': 'bfloat16'},
     },
     'pretend devices, data x model': {f'{a}x{b}': {'mesh': (a, b)} for a, b in meshes},
   }

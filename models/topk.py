@@ -21,7 +21,7 @@ GROUP_SIZE = 16  # the fastest of 8 to 32 on a CPU at 2,048 to 24,576 latents
 FIRST_PER_K = 1.5  # at most so many maxima come first: of 0.5 to 8, at 512 to 2,048 groups, none is 3 % faster on a CPU
 MIN_GROUPS_PER_K = 4  # with fewer groups than this times k, choosing the groups costs what it saves
 MOST_COUNTED = 64  # k up to which [b, k, k] comparisons, in memory, sort ties
-ROWS_PER_FEW = 32  # of so many rows, one at most is chosen again by itself
+ROWS_PER_FEW = 32  # of so many rows, one at most is chosen again by itself: for it all weights are read once more
 RADIX_BITS = 3  # a round: the fastest of 2 to 6 on a CPU, where more edges cost more than fewer passes save
 KEY_BITS = 32
 RING = 2  # an all-reduce moves each number twice, to sum it and to spread the sum; an all-gather moves it once
@@ -96,8 +96,7 @@ def local_topk(
     x_bl: one shard's.
     k: at most l.
     bias_l: added to every row.
-    any_tie: leave open which of equal values are chosen, and in which order; if -inf is among the k largest, the index
-      of a larger value may then come again.
+    any_tie: leave open which of equal values are chosen, and in which order.
   """
   n_rows, n_latents = x_bl.shape
   n_groups = n_latents // GROUP_SIZE
@@ -123,8 +122,10 @@ def local_topk(
     ambiguous_b |= maxima[:, k - 1] == maxima[:, k]
     return chosen_again(plain, ambiguous_b, tuple(found), x_bl)
 
+  # Where ties are left open, nothing tells groups that come twice, as they may if there is nothing but -inf in some.
+  odd = ~jnp.all(maxima_bg > -jnp.inf) if any_tie else jnp.any(jnp.isnan(maxima_bg))
   # As an argument of a branch, the maxima are written once; else they would be computed wherever they are read.
-  return jax.lax.cond(jnp.any(jnp.isnan(maxima_bg)), lambda _: plain(x_bl), two_stages, maxima_bg)
+  return jax.lax.cond(odd, lambda _: plain(x_bl), two_stages, maxima_bg)
 
 
 def _ordered(values, indices_bk):
@@ -158,6 +159,12 @@ def chosen_again(
   """Returns found, values_bk and indices_bk, with choose(x) in place of the rows where rows_b is.
 
   A few rows are chosen by themselves; if there are more than one in `ROWS_PER_FEW`, all rows are, and all replaced.
+
+  Args:
+    choose: rows of x to their values and indices, as found.
+    rows_b: which to choose again.
+    found: replaced in part.
+    x: [b, ...].
   """
   n_rows = len(x)
   n_few = math.ceil(n_rows / ROWS_PER_FEW)

@@ -10,8 +10,12 @@ os.environ['XLA_FLAGS'] = ' '.join([
   os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
 ])  # fmt: skip
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# What a module, or a command that a test starts, has compiled, others read.
-os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled_')
+# What a module, or a command that a test starts, has compiled, others read, in all processes of a run.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = (
+  os.environ['JAX_COMPILATION_CACHE_DIR']
+  if 'PYTEST_XDIST_WORKER' in os.environ
+  else tempfile.mkdtemp(prefix='compiled_')
+)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
@@ -21,7 +25,8 @@ from models import sharding
 
 
 def pytest_unconfigure():
-  shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+  if 'PYTEST_XDIST_WORKER' not in os.environ:
+    shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 @pytest.fixture(params=[(1, 1), (2, 2)], ids=['1x1', '2x2'])

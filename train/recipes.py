@@ -63,8 +63,12 @@ def _topk(s):
 
 
 def _multi_topk(s):
-  more = min(MULTI_TOPK_RATIO * s['k'], s['n_latents'])
-  return losses.TopK(((s['k'], 1.0), (more, MULTI_TOPK_WEIGHT)), **_of_topk(s))
+  return losses.TopK(((s['k'], 1.0), (most_chosen(s), MULTI_TOPK_WEIGHT)), **_of_topk(s))
+
+
+def most_chosen(s: Mapping) -> int:
+  """Returns how many latents of a token are chosen, of a TopK recipe's settings: its k, or 4k of Multi-TopK."""
+  return min(MULTI_TOPK_RATIO * s['k'], s['n_latents']) if s['recipe'] == 'multi_topk' else s['k']
 
 
 def _of_topk(s):

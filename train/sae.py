@@ -148,34 +148,30 @@ def _choose_fastest(settings, members, widths, path):
     path: of the file that keeps the choice for runs that go on.
   """
   n_shards = jax.sharding.get_mesh().shape['model']
-  own = {
-    member.name: (member.settings.n_latents // n_shards, widths[member.settings.site], member.settings.k)
-    for member in members
-    if recipes.AUTO in member.plan.settings.values()
-  }
+  own = [member for member in members if recipes.AUTO in member.plan.settings.values()]
   if not own:
     return
 
+  def measure(member):
+    sizes = member.settings.n_latents // n_shards, widths[member.settings.site]
+    settings = member.plan.settings
+    measured = {
+      'kernels': lambda: kernels.fastest(*sizes, settings['k']),
+      'compute_dtype': lambda: kernels.fastest_dtype(*sizes, recipes.most_chosen(settings)),
+    }
+    return {field: run() for field, run in measured.items() if settings[field] == recipes.AUTO}
+
   def choose():
     if not path.exists():
-      store.write_json(path, {name: _fastest(*sizes) for name, sizes in own.items()})
+      with jax.set_mesh(sharding.make_mesh()):
+        store.write_json(path, {member.name: measure(member) for member in own})
     return json.loads(path.read_text('utf-8'))
 
   chosen = processes.on_first(choose)
   n_steps = math.ceil(settings.tokens / settings.batch_size)
-  for member in members:
-    if member.name in own:
-      is_open = lambda field, of=member.plan.settings: of[field] == recipes.AUTO
-      settled = {
-        **member.settings.to_dict(),
-        **{field: x for field, x in chosen[member.name].items() if is_open(field)},
-      }
-      member.plan = recipes.plan(settled, n_steps, member.target_site is not None)
-
-
-def _fastest(n_latents, d, k):
-  choice = kernels.fastest(n_latents, d, k)
-  return {'kernels': choice.kernels, 'compute_dtype': choice.dtype}
+  for member in own:
+    settled = {**member.settings.to_dict(), **chosen[member.name]}
+    member.plan = recipes.plan(settled, n_steps, member.target_site is not None)
 
 
 def _watching(settings, field):

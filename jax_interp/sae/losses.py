@@ -33,7 +33,8 @@ class TopK:
     auxk: dead latents that reconstruct the error together; a power of two near d / 2. 0 turns AuxK off.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
     kernels: 'sparse', 'sorted' or 'dense'; `kernels.fastest` measures which is faster.
-    dtype: of the products that choose candidates, 'float32' or 'bfloat16'; see `kernels.select_topk`.
+    dtype: of the products that choose latents, 'float32' or 'bfloat16': the same ones; see `kernels.select_topk`, and
+      `kernels.fastest_dtype`, which measures which is faster.
     parity: do as OpenAI's released trainer where ours differs, to compare with it. A latent fires above 1e-3, and its
       clock then says one batch (or micro-batch), not 0; with nothing dead, AuxK still draws the bias towards the mean
       error; the decoder is brought to unit norm before Adam, not after, so that it is a step off; the average takes up
@@ -166,7 +167,7 @@ def _sums(recipe, sae, mse_scale, row_scale_l, tokens_since_fired_l, x_bd, targe
 
   ks = tuple(k for k, _ in recipe.levels)
   k_local = min(max(ks), len(encoder_ld))
-  preacts_bk, indices_bk = kernels.select_topk(run, centred_bd, encoder_ld, latent_bias_l, k_local, recipe.dtype)
+  preacts_bk, indices_bk = kernels.select_topk(centred_bd, encoder_ld, latent_bias_l, k_local, recipe.dtype)
   masks = wins(preacts_bk, ks)
   values_bk = jax.nn.relu(preacts_bk)
 

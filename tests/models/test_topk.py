@@ -133,6 +133,7 @@ def test_any_choice_among_ties_has_the_largest_values(way):
   values_bk, indices_bk = jax.jit(lambda x_bl: topk.local_topk(x_bl, TWO_STAGE, any_tie=True))(x_bl)
   np.testing.assert_array_equal(values_bk, jax.lax.top_k(x_bl, TWO_STAGE)[0])
   finite = np.isfinite(values_bk)
+  assert all(len(set(row[of])) == of.sum() for row, of in zip(np.asarray(indices_bk), finite, strict=True))
   np.testing.assert_array_equal(np.take_along_axis(x_bl, indices_bk, 1)[finite], values_bk[finite])
 
 

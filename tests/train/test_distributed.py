@@ -295,6 +295,7 @@ def captured(subject, tmp_path_factory):
     'auxk': 8,
     'auxk_coef': 1 / 32,
     'kernels': 'sparse',
+    'compute_dtype': 'float32',
     'dead_tokens': 256,
     'tokens': N_STEPS * 64,
     'batch_size': 64,

@@ -26,6 +26,7 @@ SETTINGS = {
   'normalization': 'layer_norm_std',
   'auxk': 16,
   'kernels': 'sparse',
+  'compute_dtype': 'float32',
   'dead_tokens': 4 * BATCH,
   'learning_rate': 1e-2,
   'warmup_steps': 2,
@@ -43,7 +44,7 @@ JUMPRELU = {'recipe': 'jumprelu', 'coef': 1.0, 'sparsity': 'target', 'bandwidth'
 def config_of(folder, **changes):
   settings = SETTINGS | changes
   if settings['recipe'] == 'jumprelu':
-    settings = {name: x for name, x in settings.items() if name not in ('k', 'auxk', 'kernels')}
+    settings = {name: x for name, x in settings.items() if name not in ('k', 'auxk', 'kernels', 'compute_dtype')}
   return ml_collections.ConfigDict(
     {
       'seed': 0,
@@ -157,7 +158,7 @@ def test_batch_topk_with_nothing_to_train_has_its_threshold(mesh, folder):
   train_sae.run(config_of(folder), folder / 'old')
   config = config_of(folder, recipe='batch_topk', n_latents=96, tokens=0)
   with config.unlocked():
-    del config.sae.kernels
+    del config.sae.kernels, config.sae.compute_dtype
   grow.grow(config, folder / 'new', folder / 'old')
   found = train_sae.load(config, folder / 'new')
   assert (found.activation.name, found.n_latents) == ('jumprelu', 96)
@@ -226,7 +227,7 @@ def report_of(config, model, folder):
 def test_another_kind_of_sae_is_refused(folder, changes, message):
   if changes.get('recipe') == 'gated':
     config = config_of(folder, recipe='gated', l1_coef=1.0)
-    for name in ('k', 'auxk', 'kernels'):
+    for name in ('k', 'auxk', 'kernels', 'compute_dtype'):
       del config.sae[name]
   else:
     config = config_of(folder, **changes)
