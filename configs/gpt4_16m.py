@@ -26,7 +26,7 @@ def get_config():
     'auxk': 4096,
     'auxk_coef': 1 / 32,
     'dead_tokens': 10_000_000,
-    'compute_dtype': 'float32',  # or 'bfloat16', which chooses the same latents
+    'compute_dtype': 'float32',  # or 'bfloat16', which chooses the same latents; 'auto' measures
     'kernels': 'sparse',  # of a token's 128 winners a shard has some 10 at most: 'dense' would multiply by all 32,768
     'tokens': 40_000_000_000,
     'batch_size': 131_072,
