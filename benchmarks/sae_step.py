@@ -388,8 +388,10 @@ def _measure(title, variants, rounds):
 
 
 def _compare(job, peers, rounds):
-  variants = [_Variant('ours', kind='ours', **job)]
-  variants.append(_Variant('ours, chosen in float32', kind='ours', choose_in='float32', **job))
+  variants = [
+    _Variant('ours', kind='ours', **job),
+    _Variant('ours, chosen in float32', kind='ours', choose_in='float32', **job),
+  ]
   for name, (kind, tuned, module) in PEERS.items():
     if kind not in peers or (kind == 'torch' and job['auxk']):  # it has no AuxK
       continue

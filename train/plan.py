@@ -154,10 +154,6 @@ def plan(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> Plan:
   sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
   n_all_steps = math.ceil(settings.tokens / settings.batch_size)
   planned = recipes.plan(settings, n_all_steps, len(widths) == 2)
-  open_fields = [field for field, x in planned.settings.items() if x == recipes.AUTO]
-  if open_fields:
-    until = {field: recipes.UNTIL_MEASURED[field] for field in open_fields}
-    planned = recipes.plan({**settings, **until}, n_all_steps, len(widths) == 2)
   mesh_shape = dict(jax.sharding.get_mesh().shape)
 
   state, n_steps = abstract_state(planned, widths), min(settings.steps_per_dispatch, n_all_steps)
@@ -168,7 +164,7 @@ def plan(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> Plan:
   compiled = lowered.compile()
   l0 = planned.settings.get('k') or planned.settings.get('target_l0') or 0
   return Plan(
-    settings=dict(planned.settings),
+    settings=recipes.until_measured(planned.settings),
     widths=widths,
     mesh_shape=mesh_shape,
     batch_size=settings.batch_size,

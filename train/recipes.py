@@ -71,14 +71,19 @@ def most_chosen(s: Mapping) -> int:
   return min(MULTI_TOPK_RATIO * s['k'], s['n_latents']) if s['recipe'] == 'multi_topk' else s['k']
 
 
+def until_measured(s: Mapping) -> dict:
+  """Returns settings with what 'auto' stands for where nothing is measured."""
+  return {field: UNTIL_MEASURED[field] if x == AUTO else x for field, x in s.items()}
+
+
 def _of_topk(s):
-  measured = {field: until if s[field] == AUTO else s[field] for field, until in UNTIL_MEASURED.items()}
+  s = until_measured(s)
   return {
     'auxk': s['auxk'],
     'auxk_coef': s['auxk_coef'],
     'dead_tokens': s['dead_tokens'],
-    'dtype': measured['compute_dtype'],
-    'kernels': measured['kernels'],
+    'dtype': s['compute_dtype'],
+    'kernels': s['kernels'],
     'parity': s['parity'],
   }
 

@@ -360,6 +360,7 @@ def _seconds(runs):
 
 
 def _probe(n_latents, d):
+  """Returns x_bd and w_ld, random."""
   rng = np.random.default_rng(0)
   return (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
 

@@ -145,11 +145,14 @@ def test_latents_in_groups_are_chosen_in_bfloat16():
 
 
 def test_a_bias_that_takes_digits_of_what_is_compared_proves_nothing():
-  x_bd, encoder_ld = _near(np.random.default_rng(3), B)
-  bias = np.float32(2**18)  # float32 keeps steps of 1 / 32 of the sums
-  run = lambda dtype: jax.jit(lambda x_bd: kernels.select_topk(x_bd, encoder_ld, jnp.full(L, bias), 8, dtype))(x_bd)
-  for a, b in zip(run('float32'), run('bfloat16'), strict=True):
-    np.testing.assert_array_equal(a, b)
+  bias, k = 2.0**23, 2  # sums are whole numbers
+  n_half = kernels.n_candidates(k, 1) - k
+  # What is left out is rounded to 1/2, and with the bias to 0, as the candidates before it; in float32 it comes to 1.
+  encoder_ld = np.concatenate([np.full(n_half, 0.5), np.full(40, 0.5015), [1.0, 5.0]])[:, None].astype(np.float32)
+  x_bd, bias_l = jnp.ones((4, 1)), jnp.full(len(encoder_ld), bias)
+  values_bk, indices_bk = jax.jit(lambda x_bd: kernels.select_topk(x_bd, encoder_ld, bias_l, k, 'bfloat16'))(x_bd)
+  np.testing.assert_array_equal(values_bk, [[bias + 5, bias + 1]] * 4)
+  np.testing.assert_array_equal(indices_bk, [[len(encoder_ld) - 1, n_half]] * 4)
 
 
 def test_equal_latents_chosen_in_bfloat16_are_ordered_by_index():

@@ -179,6 +179,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
 def test_the_table_says_everything():
   found, _ = _planned(2, 2)
   text = plan.table(found)
+  assert text.startswith('topk (sparse, float32): ')  # of 'auto', what is planned
   for said in (
     'width 48, n_latents 640, k 5',
     'mesh data 2 x model 2',
