@@ -417,6 +417,7 @@ def _sweep(job, rounds, meshes):
       'one step a call': {'steps_per_call': 1},
       'dense kernels': {'kernels': 'dense'},
       'sorted kernels': {'kernels': 'sorted'},
+      'Pallas kernels (on CUDA; else sorted)': {'kernels': 'pallas'},
       'chosen in float32': {'choose_in': 'float32'},
       'chosen in bfloat16': {'choose_in': 'bfloat16'},
     },

@@ -1,14 +1,16 @@
 """What a sparse training step is made of, on one shard of latents: select_topk, decode_and_dz, sparse_update.
 
 Each works on [b, k]: the values and the indices of a token's k candidates. `sparse` reads and writes only their rows;
-`sorted` does too, and adds to them in order, which takes a GPU less than half the time and a CPU some more; `dense`
-multiplies [b, latent] matrices that are 0 elsewhere. Which is faster is a matter of n_latents / k and of the machine,
-and `fastest` measures it; `fastest_dtype` measures in which dtype candidates are chosen faster. All give the same
-numbers, up to the order of sums. Kernels written for one device (C++, Pallas) belong here as another `Kernels`.
+`sorted` does too, and adds to them in order, which takes a GPU less than half the time and a CPU some more; `pallas`
+are kernels for CUDA, and `sorted` elsewhere; `dense` multiplies [b, latent] matrices that are 0 elsewhere. Which is
+faster is a matter of n_latents / k and of the machine, and `fastest` measures it; `fastest_dtype` measures in which
+dtype candidates are chosen faster. All give the same numbers, up to the order of sums. Kernels for another device
+belong here as another `Kernels`.
 """
 
 import functools
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_interp.sae import pallas_kernels
 from models.topk import chosen_again, local_topk, topk_of_candidates
 
 # Tokens encoded at a time, so that the pre-activations of a whole batch are never allocated: on a CPU 512 are slower
@@ -39,6 +42,7 @@ SPARE_CANDIDATES, SPARE_PER_K, SPARE_D = 16, 0.5, 768
 SMALLEST_NORM = 1e-11  # whose square, and those of what rounding takes off its numbers, float32 can tell from 0
 DTYPES = 'float32', 'bfloat16'  # in which candidates may be chosen
 PROBE_ROWS, PROBE_REPEATS = 1024, 3
+PROBE_TOLERANCE = 1e-3  # of the largest gradient: a thousand sums in float32 differ by far less
 CLEAR_GAIN = 0.95  # of the time in float32, what bfloat16 may take at most: so most measurements agree
 
 
@@ -210,14 +214,20 @@ def _dense_add_outers(totals_ld, values_bk, x_bd, indices_bk):
   return added_in_blocks(add_block, BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
 
 
+def _on_cuda(kernel, default):
+  return lambda *args: jax.lax.platform_dependent(*args, cuda=kernel, default=default)
+
+
+_SORTED = Kernels(
+  _sparse_weighted_sum,
+  _sparse_dot,
+  _sorted_add_outers,
+  _one_after_other(_sparse_weighted_sum, _sparse_dot),
+)
 KERNELS = {
   'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers, _sparse_error_and_dot),
-  'sorted': Kernels(
-    _sparse_weighted_sum,
-    _sparse_dot,
-    _sorted_add_outers,
-    _one_after_other(_sparse_weighted_sum, _sparse_dot),
-  ),
+  'sorted': _SORTED,
+  'pallas': Kernels(*(_on_cuda(getattr(pallas_kernels, name), getattr(_SORTED, name)) for name in Kernels._fields)),
   'dense': Kernels(
     _dense_weighted_sum,
     _dense_dot,
@@ -365,27 +375,54 @@ def _probe(n_latents, d):
   return (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
 
 
+def _as_sparse(name, update, *args):
+  """Returns whether kernels run here and give the gradients of 'sparse', and logs why not."""
+
+  @jax.jit
+  def distance():
+    grads, expected = (update(KERNELS[kind], *args) for kind in (name, 'sparse'))
+    apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)), grads, expected)
+    return jnp.max(jnp.stack(jax.tree.leaves(apart)))
+
+  try:
+    apart = float(distance())
+  except Exception as e:  # whatever a compiler or a card says of these kernels, there are others
+    logging.warning("kernels '%s' are not used, as they fail on this machine: %s", name, e)
+    return False
+  if not apart < PROBE_TOLERANCE:
+    logging.warning("kernels '%s' are not used, as their gradients are off by %.2g of the largest", name, apart)
+    return False
+  return True
+
+
 @functools.cache
 def fastest(n_latents: int, d: int, k: int) -> str:
   """Returns the name of the kernels that are fastest on one device of this machine at these sizes, by trying them.
 
   Sparse ones move k rows a token where dense ones multiply by all: which wins depends on n_latents / k against the
-  ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators).
+  ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators). On a GPU 'pallas'
+  are tried if their gradients are those of 'sparse' there.
   """
   x_bd, w_ld = _probe(n_latents, d)
   rng = np.random.default_rng(1)
   values_bk = jnp.asarray(rng.normal(size=(PROBE_ROWS, k)), jnp.float32)
   indices_bk = jnp.asarray(rng.integers(n_latents, size=(PROBE_ROWS, k)), jnp.int32)
 
-  @functools.partial(jax.jit, static_argnums=0)
   def update(kernels, values_bk, w_ld, x_bd, indices_bk):
     error_bd, products_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
     grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
-    grads = sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
-    return jax.tree.map(jnp.sum, grads)  # not the gradients: allocating results would be most of the time
+    return sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
 
-  run = lambda name: lambda: update(KERNELS[name], values_bk, w_ld, x_bd, indices_bk)
-  seconds = _seconds({name: run(name) for name in KERNELS})
+  @functools.partial(jax.jit, static_argnums=0)
+  def sums(kernels, *args):
+    return jax.tree.map(jnp.sum, update(kernels, *args))  # allocating the gradients would be most of the time
+
+  args = values_bk, w_ld, x_bd, indices_bk
+  names = [name for name in KERNELS if name != 'pallas']
+  if jax.default_backend() == 'gpu' and _as_sparse('pallas', update, *args):
+    names.append('pallas')
+  run = lambda name: lambda: sums(KERNELS[name], *args)
+  seconds = _seconds({name: run(name) for name in names})
   return min(seconds, key=seconds.get)
 
 

@@ -32,7 +32,7 @@ class TopK:
     levels: pairs of k and weight, the SAE's own k first: ((k, 1),) is TopK, ((k, 1), (4 * k, 1 / 8)) is Multi-TopK.
     auxk: dead latents that reconstruct the error together; a power of two near d / 2. 0 turns AuxK off.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
-    kernels: 'sparse', 'sorted' or 'dense'; `kernels.fastest` measures which is faster.
+    kernels: of `kernels.KERNELS`; `kernels.fastest` measures which are fastest.
     dtype: of the products that choose latents, 'float32' or 'bfloat16': the same ones; see `kernels.select_topk`, and
       `kernels.fastest_dtype`, which measures which is faster.
     parity: do as OpenAI's released trainer where ours differs, to compare with it. A latent fires above 1e-3, and its

@@ -188,6 +188,32 @@ def test_rounding_changes_no_product_by_more_than_the_bound(outlier):
   assert (bound_b < 1.02 * 2**-7 * norms_b).all()  # two roundings by half a unit in the last of 8 places, and sums
 
 
+def test_on_a_gpu_pallas_kernels_are_tried_and_only_right_ones_used(monkeypatch, caplog):
+  def scaled_by(found):
+    return lambda *args: jax.tree.map(lambda x: found(x), kernels.KERNELS['sparse'].error_and_dot(*args))
+
+  def failing(*_):
+    raise NotImplementedError('no such card')
+
+  tried = []
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(kernels, '_seconds', lambda runs: tried.append(list(runs)) or dict.fromkeys(runs, 1.0))
+  for error_and_dot, words in (
+    (kernels.KERNELS['dense'].error_and_dot, None),
+    (scaled_by(lambda x: 1.01 * x), 'off by 0.01'),
+    (scaled_by(lambda x: x * jnp.nan), 'off by nan'),
+    (failing, 'no such card'),
+  ):
+    caplog.clear()
+    kernels.fastest.cache_clear()
+    changed = kernels.KERNELS['sparse']._replace(error_and_dot=error_and_dot)
+    monkeypatch.setitem(kernels.KERNELS, 'pallas', changed)
+    kernels.fastest(L, D, 4)
+    assert ('pallas' in tried[-1]) == (words is None)
+    assert caplog.text == '' if words is None else words in caplog.text
+  kernels.fastest.cache_clear()
+
+
 @pytest.mark.parametrize(('fastest', 'known'), [('fastest', kernels.KERNELS), ('fastest_dtype', kernels.DTYPES)])
 @pytest.mark.parametrize('k', [4, 100])  # a shard may have fewer latents than a token keeps
 def test_what_is_fastest_is_measured_once(fastest, known, k):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_interp.sae import losses
+from jax_interp.sae import kernels, losses
 from models import sae, sharding
 from models.activation_functions import TopK
 
@@ -91,7 +91,9 @@ def test_losses_and_gradients_equal_dense_autodiff_in_float64(shape, levels):
     assert metrics['dead'] == (clock == DEAD).sum()
 
 
-@pytest.mark.parametrize('options', [{'kernels': 'dense'}, {'kernels': 'sorted'}, {'dtype': 'bfloat16'}], ids=str)
+@pytest.mark.parametrize(
+  'options', [*({'kernels': kind} for kind in kernels.KERNELS if kind != 'sparse'), {'dtype': 'bfloat16'}], ids=str
+)
 def test_kernels_and_rounded_candidates_change_nothing(options):
   objective = losses.TopK(MULTI_TOPK, auxk=8, auxk_coef=0.5, dead_tokens=DEAD, **options)
   metrics, new_clock, grads = ours((2, 2), CLOCKS['few'], objective)

@@ -1,0 +1,156 @@
+"""Products with the rows of a few latents a token, as Pallas kernels for CUDA: `kernels.KERNELS['pallas']`.
+
+XLA reads a token's k rows once to decode and once more for the gradient of its latents, and adds to the gradients row
+by row, where threads wait for each other. Here a program holds the rows of one token for both, and a program owns one
+row of the gradients and adds up what all tokens write to it: each row is read or written once, and these sums have one
+order. With interpret=True they run anywhere, slowly; tests do that.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+TILE = 8192  # numbers that a program holds: of k rows, as many columns
+MOST_COLUMNS, FEWEST_COLUMNS = 512, 16  # also where k is so large that fewer would be TILE
+NUMBERS_PER_WARP = 2048  # 64 of the 255 registers that a thread may have
+FEWEST_WARPS = 4
+ADD_COLUMNS, ADD_TOKENS = 256, 16  # of a row of the gradients that a program adds up, and tokens at a time
+
+
+def _power_of_2(n):
+  """Returns the least power of 2 that is at least n: the only sizes that Triton has."""
+  return 1 << (n - 1).bit_length()
+
+
+def _like(shape, *inputs):
+  """Returns the type of a float32 result, which varies over the mesh axes that inputs do."""
+  varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+  return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
+
+
+def _tile(k, d):
+  """Returns how many rows and columns of w a program holds at a time."""
+  n_rows = _power_of_2(k)
+  return n_rows, max(FEWEST_COLUMNS, min(MOST_COLUMNS, _power_of_2(d), TILE // n_rows))
+
+
+def _warps(n_numbers):
+  return triton.CompilerParams(num_warps=max(FEWEST_WARPS, n_numbers // NUMBERS_PER_WARP))
+
+
+def _of_token(*refs, k, d, writes, reads):
+  """Sums the rows of a token's latents (writes), multiplies each with a vector (reads), or both: see `_per_token`."""
+  refs = list(refs)
+  values_ref = refs.pop(0) if writes else None
+  w_ref, indices_ref = refs.pop(0), refs.pop(0)
+  x_ref = refs.pop(0) if reads else None
+  out_ref = refs.pop(0) if writes else None
+  dots_ref = refs.pop(0) if reads else None
+  token = pl.program_id(0)
+  n_rows, n_columns = _tile(k, d)
+  places = jnp.arange(n_rows)
+  in_k = places < k
+  indices = triton.load(indices_ref.at[token, places], mask=in_k, other=0)
+  values = triton.load(values_ref.at[token, places], mask=in_k, other=0.0) if writes else None
+
+  def add(i, dots):
+    columns = i * n_columns + jnp.arange(n_columns)
+    in_d = columns < d
+    rows = triton.load(w_ref.at[indices[:, None], columns[None]], mask=in_k[:, None] & in_d[None], other=0.0)
+    x = triton.load(x_ref.at[token, columns], mask=in_d, other=0.0) if reads else None
+    if writes:
+      out = jnp.sum(values[:, None] * rows, axis=0)
+      x = x - out if reads else out
+      triton.store(out_ref.at[token, columns], x, mask=in_d)
+    return dots + jnp.sum(rows * x[None], axis=1) if reads else dots
+
+  dots = jax.lax.fori_loop(0, pl.cdiv(d, n_columns), add, jnp.zeros(n_rows if reads else (), jnp.float32))
+  if reads:
+    triton.store(dots_ref.at[token, places], dots, mask=in_k)
+
+
+def _per_token(values_bk, w_ld, indices_bk, x_bd, interpret):
+  """Returns out_bd and dots_bk of w's rows r_bk = w[indices_bk], one of them where an argument is None.
+
+  out_b is sum_k values_bk r_bk, dots_bk <r_bk, x_b>. With both arguments out_b is x_b - sum_k values_bk r_bk, and
+  dots_bk is its product with the rows.
+  """
+  writes, reads = values_bk is not None, x_bd is not None
+  inputs = [x for x in (values_bk, w_ld, indices_bk, x_bd) if x is not None]
+  (b, k), d = indices_bk.shape, w_ld.shape[1]
+  shapes = [(b, d)] * writes + [(b, k)] * reads
+  return pl.pallas_call(
+    functools.partial(_of_token, k=k, d=d, writes=writes, reads=reads),
+    out_shape=[_like(shape, *inputs) for shape in shapes],
+    grid=(b,),
+    compiler_params=_warps(math.prod(_tile(k, d))),
+    interpret=interpret,
+    name='rows_of_token',
+  )(*inputs)
+
+
+def weighted_sum(values_bk, w_ld, indices_bk, interpret=False):
+  """As `kernels.Kernels.weighted_sum`."""
+  return _per_token(values_bk, w_ld, indices_bk, None, interpret)[0]
+
+
+def dot(x_bd, w_ld, indices_bk, interpret=False):
+  """As `kernels.Kernels.dot`."""
+  return _per_token(None, w_ld, indices_bk, x_bd, interpret)[0]
+
+
+def error_and_dot(values_bk, w_ld, indices_bk, target_bd, interpret=False):
+  """As `kernels.Kernels.error_and_dot`: a row is read once for both."""
+  return tuple(_per_token(values_bk, w_ld, indices_bk, target_bd, interpret))
+
+
+def _to_row(*refs, n, k, d):
+  """Adds to one row of each of n totals what the pairs (token, place among its k) of that latent write to it."""
+  starts_ref, order_ref, *refs = refs
+  values_refs, x_refs, total_refs, out_refs = (refs[i * n : (i + 1) * n] for i in range(4))
+  latent = pl.program_id(0)
+  start, end = starts_ref[latent], starts_ref[latent + 1]
+  columns = pl.program_id(1) * ADD_COLUMNS + jnp.arange(ADD_COLUMNS)
+  in_d = columns < d
+
+  def add(i, sums):
+    places = start + i * ADD_TOKENS + jnp.arange(ADD_TOKENS)
+    there = places < end
+    pairs = triton.load(order_ref.at[places], mask=there, other=0)
+    mask = there[:, None] & in_d[None]
+
+    def of(values_ref, x_ref):
+      values = triton.load(values_ref.at[pairs], mask=there, other=0.0)
+      return values[:, None] * triton.load(x_ref.at[(pairs // k)[:, None], columns[None]], mask=mask, other=0.0)
+
+    return tuple(total + jnp.sum(of(*refs), axis=0) for total, *refs in zip(sums, values_refs, x_refs, strict=True))
+
+  zeros = (jnp.zeros(ADD_COLUMNS, jnp.float32),) * n
+  sums = jax.lax.fori_loop(0, pl.cdiv(end - start, ADD_TOKENS), add, zeros)
+  for total_ref, out_ref, total in zip(total_refs, out_refs, sums, strict=True):
+    row = triton.load(total_ref.at[latent, columns], mask=in_d, other=0.0)
+    triton.store(out_ref.at[latent, columns], row + total, mask=in_d)
+
+
+def add_outers(totals_ld, values_bk, x_bd, indices_bk, interpret=False):
+  """As `kernels.Kernels.add_outers`; the pairs of a latent are added in the order of their tokens."""
+  n, (n_latents, d), k = len(totals_ld), totals_ld[0].shape, indices_bk.shape[1]
+  latents = indices_bk.reshape(-1)
+  order = jnp.argsort(latents, stable=True)
+  counts = jnp.zeros(n_latents + 1, jnp.int32).at[latents + 1].add(1, mode='promise_in_bounds')
+  inputs = (jnp.cumsum(counts), order, *(x.reshape(-1) for x in values_bk), *x_bd, *totals_ld)
+  return tuple(
+    pl.pallas_call(
+      functools.partial(_to_row, n=n, k=k, d=d),
+      out_shape=[_like(total_ld.shape, *inputs) for total_ld in totals_ld],
+      grid=(n_latents, pl.cdiv(d, ADD_COLUMNS)),
+      input_output_aliases={len(inputs) - n + i: i for i in range(n)},
+      compiler_params=_warps(ADD_COLUMNS * ADD_TOKENS),
+      interpret=interpret,
+      name='rows_of_gradients',
+    )(*inputs)
+  )

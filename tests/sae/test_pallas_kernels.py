@@ -1,0 +1,92 @@
+"""Pallas kernels, interpreted, give what NumPy gives in float64, and lower to Triton where there is no GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jax_interp.sae import kernels, pallas_kernels
+
+TOLERANCE = {'rtol': 2e-5, 'atol': 1e-4}  # sums of up to some thousand products of order 1 in float32
+SIZES = pytest.mark.parametrize(
+  ('b', 'd', 'n', 'k'),
+  # One of everything; k and d that are powers of 2 and are not; several tiles of columns, and of tokens.
+  [(1, 1, 1, 1), (6, 12, 40, 5), (5, 64, 16, 8), (3, 700, 24, 33), (40, 300, 3, 2), (2, 40, 12, 600)],
+)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The kernels as they are on CUDA, interpreted."""
+  return kernels.Kernels(
+    *(functools.partial(getattr(pallas_kernels, f), interpret=True) for f in kernels.Kernels._fields)
+  )
+
+
+def arrays(b, d, n, k):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  indices_bk = rng.integers(n, size=(b, k)).astype(np.int32)
+  indices_bk[:, 0] = n - 1  # of all tokens
+  return tuple(map(jnp.asarray, (normal(b, d), normal(n, d), normal(b, k), indices_bk)))
+
+
+@SIZES
+def test_products_with_a_few_rows(interpreted, b, d, n, k):
+  x_bd, w_ld, values_bk, indices_bk = arrays(b, d, n, k)
+  rows_bkd = np.asarray(w_ld, np.float64)[indices_bk]
+  expected_bd = np.einsum('bk,bkd->bd', values_bk, rows_bkd)
+  np.testing.assert_allclose(interpreted.weighted_sum(values_bk, w_ld, indices_bk), expected_bd, **TOLERANCE)
+  expected_bk = np.einsum('bd,bkd->bk', x_bd, rows_bkd)
+  np.testing.assert_allclose(interpreted.dot(x_bd, w_ld, indices_bk), expected_bk, **TOLERANCE)
+  error_bd, dots_bk = interpreted.error_and_dot(values_bk, w_ld, indices_bk, x_bd)
+  np.testing.assert_allclose(error_bd, x_bd - expected_bd, **TOLERANCE)
+  expected_bk = np.einsum('bd,bkd->bk', x_bd - expected_bd, rows_bkd)
+  np.testing.assert_allclose(dots_bk, expected_bk, rtol=1e-4, atol=1e-4 * np.abs(expected_bk).max())
+
+
+@SIZES
+def test_what_tokens_write_to_rows(interpreted, b, d, n, k):
+  x_bd, w_ld, values_bk, indices_bk = arrays(b, d, n, k)
+  out_ld = interpreted.add_outers((w_ld, 2 * w_ld), (values_bk, -values_bk), (x_bd, 3 * x_bd), indices_bk)
+  added_ld = np.einsum('bk,bd,bkl->ld', values_bk, np.asarray(x_bd, np.float64), np.eye(n)[indices_bk], optimize=True)
+  np.testing.assert_allclose(out_ld[0], w_ld + added_ld, **TOLERANCE)
+  np.testing.assert_allclose(out_ld[1], 2 * w_ld - 3 * added_ld, **TOLERANCE)
+
+
+@pytest.mark.parametrize('k', [1, 32, 128, 2048])
+def test_kernels_lower_to_triton(k):
+  def step(*args):
+    error_bd, dots_bk = pallas_kernels.error_and_dot(*args)
+    return error_bd, pallas_kernels.add_outers((args[1],), (dots_bk,), (error_bd,), args[2])
+
+  shape = jax.ShapeDtypeStruct
+  args = shape((64, k), 'float32'), shape((4096, 768), 'float32'), shape((64, k), 'int32'), shape((64, 768), 'float32')
+  text = jax.jit(step).trace(*args).lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('xla.gpu.triton') == 2
+
+
+def test_over_a_mesh_what_is_traced_varies_as_the_batch_does():
+  """On a mesh both platforms are traced; that of this one runs."""
+  x_bd, w_ld, values_bk, indices_bk = arrays(8, 12, 40, 5)
+  chosen = kernels.KERNELS['pallas']
+
+  def local(values_bk, w_ld, indices_bk, x_bd):
+    error_bd, dots_bk = kernels.decode_and_dz(chosen, values_bk, w_ld, None, indices_bk, x_bd)
+    (grad_ld,) = chosen.add_outers((jax.lax.pcast(w_ld, 'data', to='varying'),), (dots_bk,), (error_bd,), indices_bk)
+    return error_bd, jax.lax.psum(grad_ld, 'data')
+
+  mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  with jax.set_mesh(mesh):
+    by_row = P('data')
+    mapped = jax.shard_map(local, in_specs=(by_row, P(), by_row, by_row), out_specs=(by_row, P()))
+    error_bd, grad_ld = jax.jit(mapped)(values_bk, w_ld, indices_bk, x_bd)
+    text = jax.jit(mapped).trace(values_bk, w_ld, indices_bk, x_bd).lower(lowering_platforms=('cuda',)).as_text()
+  error64_bd, dots_bk = kernels.KERNELS['sparse'].error_and_dot(values_bk, w_ld, indices_bk, x_bd)
+  (expected_ld,) = kernels.KERNELS['sparse'].add_outers((2 * w_ld,), (dots_bk,), (error64_bd,), indices_bk)
+  np.testing.assert_allclose(error_bd, error64_bd, **TOLERANCE)
+  np.testing.assert_allclose(grad_ld, expected_ld, rtol=1e-4, atol=1e-3)
+  assert 'xla.gpu.triton' in text
