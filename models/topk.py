@@ -28,7 +28,8 @@ RING = 2  # an all-reduce moves each number twice, to sum it and to spread the s
 MAX_COUNT = 2**31 - 1
 
 
-def _topk(x_bl, k):
+def plain_topk(x_bl: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Returns `jax.lax.top_k`, as one."""
   # The barriers keep later slices of the results from turning a top-k into a full sort, 5 to 150 times slower on a CPU.
   # One barrier around both results crashes the compiler where there are several devices (jax 0.10.2).
   values_bk, indices_bk = jax.lax.top_k(x_bl, k)
@@ -37,7 +38,7 @@ def _topk(x_bl, k):
 
 def _ties_by_index(values_bk, indices_bk):
   """Sorts the indices of equal values: for small k by counting, as k^2 comparisons cost less than a sort."""
-  keys_bk = _keys(values_bk)
+  keys_bk = ordered_keys(values_bk)
   if values_bk.shape[1] > MOST_COUNTED:
     return jax.lax.sort((~keys_bk, indices_bk), dimension=1, num_keys=2)[1]
   tied_bkk = keys_bk[:, None, :] == keys_bk[:, :, None]
@@ -49,7 +50,7 @@ def _ties_by_index(values_bk, indices_bk):
   return jnp.sum(jnp.where(place_bk[:, :, None] == places, indices_bk[:, :, None], 0), axis=1)
 
 
-def _maxima_first(x_bmg, k):
+def _maxima_first(x_bmg, k, topk):
   """Returns values_bk and places_bk of the k largest of x_bmg, flattened, in descending order; ties are in any order.
 
   On a CPU top-k is a heap, which is quick to see that a number does not belong there, and slow to take up one that
@@ -64,26 +65,26 @@ def _maxima_first(x_bmg, k):
     for i in reversed(range(n_members)):
       member_bg = jnp.where(x_bmg[:, i] == maxima_bg, i, member_bg)
     rest_bmg = jnp.where(jnp.arange(n_members)[:, None] == member_bg[:, None], -jnp.inf, x_bmg)
-    values_bk, places_bk = _topk(jnp.concatenate([maxima_bg, rest_bmg.reshape(n_rows, -1)], axis=1), k)
+    values_bk, places_bk = plain_topk(jnp.concatenate([maxima_bg, rest_bmg.reshape(n_rows, -1)], axis=1), k)
     group_bk = jnp.minimum(places_bk, n_groups - 1)
     of_maximum_bk = n_groups * jnp.take_along_axis(member_bg, group_bk, axis=1, mode='promise_in_bounds') + group_bk
     return values_bk, jnp.where(places_bk < n_groups, of_maximum_bk, places_bk - n_groups)
 
-  return jax.lax.platform_dependent(x_bmg, cpu=heap, default=lambda x_bmg: _topk(x_bmg.reshape(n_rows, -1), k))
+  return jax.lax.platform_dependent(x_bmg, cpu=heap, default=lambda x_bmg: topk(x_bmg.reshape(n_rows, -1), k))
 
 
-def _topk_of_maxima(maxima_bg, k):
+def _topk_of_maxima(maxima_bg, k, topk):
   """Returns values_bk and groups_bk of the k largest in descending order, of equal ones any."""
   n_rows, n_groups = maxima_bg.shape
   n_first = max(n for n in range(1, int(FIRST_PER_K * k) + 1) if n_groups % n == 0)
   # So many that two stages pay again, or of a number that cannot be cut evenly.
   if n_groups >= MIN_GROUPS_PER_K * k * GROUP_SIZE or n_first < k // 2:
-    return local_topk(maxima_bg, k)
-  return _maxima_first(maxima_bg.reshape(n_rows, -1, n_first), k)
+    return local_topk(maxima_bg, k, topk=topk)
+  return _maxima_first(maxima_bg.reshape(n_rows, -1, n_first), k, topk)
 
 
 def local_topk(
-  x_bl: jax.Array, k: int, bias_l: jax.Array | None = None, any_tie: bool = False
+  x_bl: jax.Array, k: int, bias_l: jax.Array | None = None, any_tie: bool = False, topk: Callable = plain_topk
 ) -> tuple[jax.Array, jax.Array]:
   """Returns values_bk and indices_bk of the k largest of x_bl + bias_l, descending, ties by lowest index.
 
@@ -97,10 +98,11 @@ def local_topk(
     k: at most l.
     bias_l: added to every row.
     any_tie: leave open which of equal values are chosen, and in which order.
+    topk: of the maxima, and of the candidates, where this is not a CPU.
   """
   n_rows, n_latents = x_bl.shape
   n_groups = n_latents // GROUP_SIZE
-  plain = lambda x_bl: _topk(x_bl if bias_l is None else x_bl + bias_l, k)
+  plain = lambda x_bl: plain_topk(x_bl if bias_l is None else x_bl + bias_l, k)
   if n_latents % GROUP_SIZE or n_groups < MIN_GROUPS_PER_K * k:
     return plain(x_bl)
   members = [slice(i * n_groups, (i + 1) * n_groups) for i in range(GROUP_SIZE)]
@@ -108,13 +110,13 @@ def local_topk(
   maxima_bg = functools.reduce(jnp.maximum, [x_bl[:, i] if bias_l is None else x_bl[:, i] + bias_l[i] for i in members])
 
   def two_stages(maxima_bg):
-    maxima, groups = _topk_of_maxima(maxima_bg, k + 1)
+    maxima, groups = _topk_of_maxima(maxima_bg, k + 1, topk)
     candidates_bmk = n_groups * jnp.arange(GROUP_SIZE)[:, None] + groups[:, None, :k]
     candidates_bc = candidates_bmk.reshape(n_rows, -1)
     candidate_values = jnp.take_along_axis(x_bl, candidates_bc, axis=1, mode='promise_in_bounds')
     if bias_l is not None:
       candidate_values += bias_l.at[candidates_bc].get(mode='promise_in_bounds')
-    values, places = _maxima_first(candidate_values.reshape(candidates_bmk.shape), k + 1)
+    values, places = _maxima_first(candidate_values.reshape(candidates_bmk.shape), k + 1, topk)
     indices_bk = jnp.take_along_axis(candidates_bc, places[:, :k], axis=1, mode='promise_in_bounds')
     if any_tie:
       return values[:, :k], indices_bk
@@ -147,7 +149,7 @@ def topk_of_candidates(values_bc: jax.Array, indices_bc: jax.Array, k: int) -> t
 
   A row is not settled where the k-th and the next value tie, zeros do, or there is a NaN: another choice may be right.
   """
-  values, places = _topk(values_bc, k + 1)
+  values, places = plain_topk(values_bc, k + 1)
   indices_bk = jnp.take_along_axis(indices_bc, places[:, :k], axis=1, mode='promise_in_bounds')
   values_bk, indices_bk, ambiguous_b = _ordered(values, indices_bk)
   return values_bk, indices_bk, ~(ambiguous_b | jnp.any(jnp.isnan(values), axis=1))
@@ -179,7 +181,7 @@ def chosen_again(
   return jax.lax.switch(branch, [lambda *found: found, few, lambda *_: choose(x)], *found)
 
 
-def _keys(values):
+def ordered_keys(values: jax.Array) -> jax.Array:
   """Returns uint32 keys in the order of the float32 values.
 
   Floats are sign and magnitude: setting the sign bit of a positive number puts it above the negative ones, and flipping
@@ -225,7 +227,7 @@ def _largest(count, n, n_bits):
 
 def _wins_by_counts(values_bk, ks):
   """Returns how many of this shard's candidates win, [b, j] for the j-th of ks."""
-  keys_bk, n_shards = _keys(values_bk), jax.lax.axis_size('model')
+  keys_bk, n_shards = ordered_keys(values_bk), jax.lax.axis_size('model')
   k_bj = jnp.broadcast_to(jnp.array(ks, jnp.int32), (len(values_bk), len(ks)))
 
   def count_keys(edges_bje):
@@ -272,7 +274,7 @@ def wins(values_bk: jax.Array, ks: tuple[int, ...], by_counts: bool | None = Non
     n_wins_bj = _wins_by_counts(values_bk, ks)
     return [places_k < n_wins_bj[:, j, None] for j in range(len(ks))]
   all_values = jax.lax.all_gather(values_bk, 'model', axis=1, tiled=True)
-  _, places_bk = _topk(all_values, min(max(ks), n_shards * n_candidates))
+  _, places_bk = plain_topk(all_values, min(max(ks), n_shards * n_candidates))
   mine_bk = places_bk // n_candidates == jax.lax.axis_index('model')
   return [places_k < jnp.sum(mine_bk[:, :k], axis=1, keepdims=True) for k in ks]
 
@@ -326,7 +328,7 @@ def batch_wins(values_bk: jax.Array, n_kept: int) -> tuple[jax.Array, jax.Array]
   """
   axes = ('data', 'model')
   n_all = [n * jax.lax.axis_size(axis) for n, axis in zip(values_bk.shape, axes, strict=True)]
-  keys_bk = _keys(values_bk)
+  keys_bk = ordered_keys(values_bk)
   kth, n_larger, n_reaching = _batch_kth(keys_bk, n_kept, axes)
 
   def falling(axis):
@@ -393,7 +395,7 @@ def threshold_for(values_bl: jax.Array, n_kept: int) -> jax.Array:
   axes = tuple(axis for axis in spec if axis)
 
   def smallest_kept(values_bl):
-    return _value(_batch_kth(_keys(values_bl), n_kept, axes)[0])
+    return _value(_batch_kth(ordered_keys(values_bl), n_kept, axes)[0])
 
   kept = jax.shard_map(smallest_kept, in_specs=spec, out_specs=P())(jax.lax.stop_gradient(values_bl))
   return jnp.nextafter(kept, -jnp.inf)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_interp.sae import pallas_kernels
-from models.topk import chosen_again, local_topk, topk_of_candidates
+from models.topk import chosen_again, local_topk, plain_topk, topk_of_candidates
 
 # Tokens encoded at a time, so that the pre-activations of a whole batch are never allocated: on a CPU 512 are slower
 # and 4,096 no faster; an accelerator needs more to be busy.
@@ -65,12 +65,14 @@ class Kernels(NamedTuple):
       total_ld + the sum of values_bk x_bd over all b and k with indices_bk = l.
     error_and_dot: (values_bk, w_ld, indices_bk, target_bd) to error_bd = target_bd - weighted_sum, and its `dot` with
       the same rows.
+    topk: (x_bc, k) to `jax.lax.top_k` of rows of maxima or candidates.
   """
 
   weighted_sum: Callable
   dot: Callable
   add_outers: Callable
   error_and_dot: Callable
+  topk: Callable = plain_topk
 
 
 def _rows(w_ld, indices):
@@ -218,6 +220,11 @@ def _on_cuda(kernel, default):
   return lambda *args: jax.lax.platform_dependent(*args, cuda=kernel, default=default)
 
 
+def _cuda_topk(x_bc, k):
+  kernel, default = (functools.partial(topk, k=k) for topk in (pallas_kernels.topk, plain_topk))
+  return _on_cuda(kernel, default)(x_bc)
+
+
 _SORTED = Kernels(
   _sparse_weighted_sum,
   _sparse_dot,
@@ -227,7 +234,13 @@ _SORTED = Kernels(
 KERNELS = {
   'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers, _sparse_error_and_dot),
   'sorted': _SORTED,
-  'pallas': Kernels(*(_on_cuda(getattr(pallas_kernels, name), getattr(_SORTED, name)) for name in Kernels._fields)),
+  'pallas': Kernels(
+    _on_cuda(pallas_kernels.weighted_sum, _SORTED.weighted_sum),
+    _on_cuda(pallas_kernels.dot, _SORTED.dot),
+    _on_cuda(pallas_kernels.add_outers, _SORTED.add_outers),
+    _on_cuda(pallas_kernels.error_and_dot, _SORTED.error_and_dot),
+    _cuda_topk,
+  ),
   'dense': Kernels(
     _dense_weighted_sum,
     _dense_dot,
@@ -243,7 +256,12 @@ def n_candidates(k: int, d: int) -> int:
 
 
 def select_topk(
-  x_bd: jax.Array, encoder_ld: jax.Array, latent_bias_l: jax.Array, k: int, dtype: str = 'float32'
+  kernels: Kernels,
+  x_bd: jax.Array,
+  encoder_ld: jax.Array,
+  latent_bias_l: jax.Array,
+  k: int,
+  dtype: str = 'float32',
 ) -> tuple[jax.Array, jax.Array]:
   """Returns values_bk and indices_bk of the k largest pre-activations, in descending order, ties by lowest index.
 
@@ -256,7 +274,8 @@ def select_topk(
   def largest(x_bd, encoder_ld, k, precision=None, any_tie=False):
     def in_blocks(n_rows, x_bd, encoder_ld, latent_bias_l):
       product = functools.partial(jnp.einsum, 'bd,ld->bl', precision=precision, preferred_element_type=jnp.float32)
-      return _in_blocks(lambda x_bd: local_topk(product(x_bd, encoder_ld), k, latent_bias_l, any_tie), n_rows, x_bd)
+      choose = lambda x_bd: local_topk(product(x_bd, encoder_ld), k, latent_bias_l, any_tie, kernels.topk)
+      return _in_blocks(choose, n_rows, x_bd)
 
     cpu, accelerator = (functools.partial(in_blocks, n_rows) for n_rows in (BLOCK_ROWS, ACCELERATOR_BLOCK_ROWS))
     return jax.lax.platform_dependent(x_bd, encoder_ld, latent_bias_l, cpu=cpu, default=accelerator)
@@ -372,7 +391,7 @@ def _seconds(runs):
 def _probe(n_latents, d):
   """Returns x_bd and w_ld, random."""
   rng = np.random.default_rng(0)
-  return (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
+  return tuple(jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
 
 
 def _as_sparse(name, update, *args):
@@ -403,12 +422,10 @@ def fastest(n_latents: int, d: int, k: int) -> str:
   ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators). On a GPU 'pallas'
   are tried if their gradients are those of 'sparse' there.
   """
-  x_bd, w_ld = _probe(n_latents, d)
-  rng = np.random.default_rng(1)
-  values_bk = jnp.asarray(rng.normal(size=(PROBE_ROWS, k)), jnp.float32)
-  indices_bk = jnp.asarray(rng.integers(n_latents, size=(PROBE_ROWS, k)), jnp.int32)
+  args = _probe(n_latents, d)
 
-  def update(kernels, values_bk, w_ld, x_bd, indices_bk):
+  def update(kernels, x_bd, w_ld):
+    values_bk, indices_bk = select_topk(kernels, x_bd, w_ld, jnp.zeros(n_latents), min(k, n_latents))
     error_bd, products_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
     grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
     return sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
@@ -417,7 +434,6 @@ def fastest(n_latents: int, d: int, k: int) -> str:
   def sums(kernels, *args):
     return jax.tree.map(jnp.sum, update(kernels, *args))  # allocating the gradients would be most of the time
 
-  args = values_bk, w_ld, x_bd, indices_bk
   names = [name for name in KERNELS if name != 'pallas']
   if jax.default_backend() == 'gpu' and _as_sparse('pallas', update, *args):
     names.append('pallas')
@@ -436,7 +452,7 @@ def fastest_dtype(n_latents: int, d: int, k: int) -> str:
 
   @functools.partial(jax.jit, static_argnums=2)
   def select(x_bd, w_ld, dtype):
-    return select_topk(x_bd, w_ld, jnp.zeros(n_latents), min(k, n_latents), dtype)
+    return select_topk(KERNELS['sparse'], x_bd, w_ld, jnp.zeros(n_latents), min(k, n_latents), dtype)
 
   run = lambda dtype: lambda: select(x_bd, w_ld, dtype)
   seconds = _seconds({dtype: run(dtype) for dtype in DTYPES})

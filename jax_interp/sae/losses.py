@@ -167,7 +167,7 @@ def _sums(recipe, sae, mse_scale, row_scale_l, tokens_since_fired_l, x_bd, targe
 
   ks = tuple(k for k, _ in recipe.levels)
   k_local = min(max(ks), len(encoder_ld))
-  preacts_bk, indices_bk = kernels.select_topk(centred_bd, encoder_ld, latent_bias_l, k_local, recipe.dtype)
+  preacts_bk, indices_bk = kernels.select_topk(run, centred_bd, encoder_ld, latent_bias_l, k_local, recipe.dtype)
   masks = wins(preacts_bk, ks)
   values_bk = jax.nn.relu(preacts_bk)
 
@@ -238,13 +238,15 @@ def _for_winners(run, mask_bk, k) -> kernels.Kernels:
     pad = lambda out_bk: jnp.pad(out_bk, ((0, 0), (0, indices_bk.shape[1] - out_bk.shape[1])))
     return narrowed(lambda indices_bk: pad(run.dot(x_bd, w_ld, indices_bk)), indices_bk)
 
-  return kernels.Kernels(
-    lambda values_bk, w_ld, indices_bk: narrowed(lambda v, i: run.weighted_sum(v, w_ld, i), values_bk, indices_bk),
-    dot,
-    lambda totals_ld, values_bk, x_bd, indices_bk: narrowed(
+  # error_and_dot stays: it is of one shard, which has all winners.
+  return run._replace(
+    weighted_sum=lambda values_bk, w_ld, indices_bk: narrowed(
+      lambda v, i: run.weighted_sum(v, w_ld, i), values_bk, indices_bk
+    ),
+    dot=dot,
+    add_outers=lambda totals_ld, values_bk, x_bd, indices_bk: narrowed(
       lambda *few: run.add_outers(totals_ld, few[:-1], x_bd, few[-1]), *values_bk, indices_bk
     ),
-    run.error_and_dot,  # is of one shard, which has all winners
   )
 
 

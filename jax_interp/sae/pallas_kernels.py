@@ -3,7 +3,8 @@
 XLA reads a token's k rows once to decode and once more for the gradient of its latents, and adds to the gradients row
 by row, where threads wait for each other. Here a program holds the rows of one token for both, and a program owns one
 row of the gradients and adds up what all tokens write to it: each row is read or written once, and these sums have one
-order. With interpret=True they run anywhere, slowly; tests do that.
+order. Of top-k XLA makes a sort; here a program holds a row and finds its k-th largest number bit by bit. With
+interpret=True they run anywhere, slowly; tests do that.
 """
 
 import functools
@@ -14,10 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from models.topk import ordered_keys
+
 TILE = 8192  # numbers that a program holds: of k rows, as many columns
 MOST_COLUMNS, FEWEST_COLUMNS = 512, 16  # also where k is so large that fewer would be TILE
 NUMBERS_PER_WARP = 2048  # 64 of the 255 registers that a thread may have
 FEWEST_WARPS = 4
+LEAST = -(2**31)  # of int32
 ADD_COLUMNS, ADD_TOKENS = 256, 16  # of a row of the gradients that a program adds up, and tokens at a time
 
 
@@ -26,10 +30,10 @@ def _power_of_2(n):
   return 1 << (n - 1).bit_length()
 
 
-def _like(shape, *inputs):
-  """Returns the type of a float32 result, which varies over the mesh axes that inputs do."""
+def _like(shape, *inputs, dtype=jnp.float32):
+  """Returns the type of a result, which varies over the mesh axes that inputs do."""
   varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
-  return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
 
 
 def _tile(k, d):
@@ -154,3 +158,45 @@ def add_outers(totals_ld, values_bk, x_bd, indices_bk, interpret=False):
       name='rows_of_gradients',
     )(*inputs)
   )
+
+
+def _of_row(x_ref, values_ref, indices_ref, *, k, c):
+  """Stores the k largest numbers of a row and where they are, in the order of their places."""
+  row, places = pl.program_id(0), jnp.arange(_power_of_2(c))
+  in_row = places < c
+  x = triton.load(x_ref.at[row, places], mask=in_row, other=0.0)
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  # The order of `models.topk.ordered_keys`, of signed numbers. No number has a smaller key than what is not there, and
+  # of equal ones the first are taken.
+  keys = jnp.where(in_row, bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST)
+  count = lambda mask: jnp.sum(mask.astype(jnp.int32))
+
+  def settle(i, kth):
+    larger = kth + (jnp.int32(1) << (31 - i))  # the first wraps around, from the least number to 0
+    return jnp.where(count(keys >= larger) >= k, larger, kth)
+
+  kth = jax.lax.fori_loop(0, 32, settle, jnp.int32(LEAST))
+  tied = keys == kth
+  is_first = jnp.cumsum(tied.astype(jnp.int32)) <= k - count(keys > kth)
+  chosen = (keys > kth) | (tied & is_first)
+  n_before = jnp.cumsum(chosen.astype(jnp.int32)) - 1
+  # What is not stored has places of its own beyond k: the interpreter would write there what it read.
+  to = jnp.where(chosen, n_before, k + places)
+  triton.store(values_ref.at[row, to], x, mask=chosen)
+  triton.store(indices_ref.at[row, to], places, mask=chosen)
+
+
+def topk(x_bc, k, interpret=False):
+  """Returns `jax.lax.top_k` of rows that fit into the registers of a program: of up to some ten thousand numbers."""
+  b, c = x_bc.shape
+  values_bk, indices_bk = pl.pallas_call(
+    functools.partial(_of_row, k=k, c=c),
+    out_shape=[_like((b, k), x_bc), _like((b, k), x_bc, dtype=jnp.int32)],
+    grid=(b,),
+    compiler_params=_warps(_power_of_2(c)),
+    interpret=interpret,
+    name='largest_of_row',
+  )(x_bc)
+  # They are in the order of their places, which a stable sort keeps where they tie.
+  _, *found = jax.lax.sort((~ordered_keys(values_bk), values_bk, indices_bk), dimension=1, num_keys=1)
+  return tuple(found)

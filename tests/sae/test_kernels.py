@@ -10,6 +10,7 @@ from jax_interp.sae import kernels
 B, D, L, K = 96, 12, 256, 19  # blocks of tokens and of k, and what is left over
 KINDS = pytest.mark.parametrize('kind', kernels.KERNELS)
 # Sums of up to some thousand products of order 1 in float32.
+SPARSE = kernels.KERNELS['sparse']
 TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
 
 
@@ -85,7 +86,7 @@ def test_a_step_of_gradients_is_that_of_dense_autodiff(kind, scaled):
 def test_the_largest_preactivations_are_chosen_and_are_float32(dtype):
   x_bd, encoder_ld, _, _ = arrays()
   bias_l = jnp.asarray(np.random.default_rng(2).normal(size=L), jnp.float32)
-  run = jax.jit(lambda x_bd: kernels.select_topk(x_bd, encoder_ld, bias_l, K, dtype))
+  run = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, bias_l, K, dtype))
   values_bk, indices_bk = run(x_bd)
   preacts_bl = np.asarray(x_bd, np.float64) @ np.asarray(encoder_ld, np.float64).T + np.asarray(bias_l)
   expected_bk = np.argsort(-preacts_bl, axis=1)[:, :K]
@@ -95,7 +96,7 @@ def test_the_largest_preactivations_are_chosen_and_are_float32(dtype):
 
 def check_selection(x_bd, encoder_ld, k=8):
   """Checks what is chosen in bfloat16 by that of float64, but for what float32 may take for equal; returns both."""
-  run = jax.jit(lambda x_bd: kernels.select_topk(x_bd, encoder_ld, jnp.zeros(len(encoder_ld)), k, 'bfloat16'))
+  run = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, jnp.zeros(len(encoder_ld)), k, 'bfloat16'))
   values_bk, indices_bk = run(jnp.asarray(x_bd, jnp.float32))
   preacts_bl = np.asarray(x_bd, np.float64) @ np.asarray(encoder_ld, np.float64).T
   expected_bk = np.argsort(-preacts_bl, axis=1, kind='stable')[:, :k]
@@ -150,7 +151,9 @@ def test_a_bias_that_takes_digits_of_what_is_compared_proves_nothing():
   # What is left out is rounded to 1/2, and with the bias to 0, as the candidates before it; in float32 it comes to 1.
   encoder_ld = np.concatenate([np.full(n_half, 0.5), np.full(40, 0.5015), [1.0, 5.0]])[:, None].astype(np.float32)
   x_bd, bias_l = jnp.ones((4, 1)), jnp.full(len(encoder_ld), bias)
-  values_bk, indices_bk = jax.jit(lambda x_bd: kernels.select_topk(x_bd, encoder_ld, bias_l, k, 'bfloat16'))(x_bd)
+  values_bk, indices_bk = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, bias_l, k, 'bfloat16'))(
+    x_bd
+  )
   np.testing.assert_array_equal(values_bk, [[bias + 5, bias + 1]] * 4)
   np.testing.assert_array_equal(indices_bk, [[len(encoder_ld) - 1, n_half]] * 4)
 
@@ -165,7 +168,7 @@ def test_equal_latents_chosen_in_bfloat16_are_ordered_by_index():
 
 def test_a_nan_of_one_token_leaves_the_others_as_they_are():
   x_bd, encoder_ld, _, _ = arrays()
-  select = jax.jit(lambda x_bd: kernels.select_topk(x_bd, encoder_ld, jnp.zeros(L), 8, 'bfloat16'))
+  select = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, jnp.zeros(L), 8, 'bfloat16'))
   with_nan, without = select(x_bd.at[3, 2].set(jnp.nan)), select(x_bd)
   others = np.arange(B) != 3
   for a, b in zip(with_nan, without, strict=True):

@@ -19,7 +19,7 @@ SIZES = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted():
   """The kernels as they are on CUDA, interpreted."""
   return kernels.Kernels(
     *(functools.partial(getattr(pallas_kernels, f), interpret=True) for f in kernels.Kernels._fields)
@@ -57,16 +57,57 @@ def test_what_tokens_write_to_rows(interpreted, b, d, n, k):
   np.testing.assert_allclose(out_ld[1], 2 * w_ld - 3 * added_ld, **TOLERANCE)
 
 
+@pytest.mark.parametrize(('c', 'k'), [(1, 1), (16, 16), (37, 5), (100, 99), (600, 33), (64, 1)])
+def test_the_largest_of_rows_are_those_of_xla_ties_and_all(c, k):
+  rng = np.random.default_rng(0)
+  rows = rng.normal(size=(9, c)).astype(np.float32)
+  rows[1] = np.round(rows[1])  # ties, also of zeros of either sign
+  rows[2] = rng.choice(np.float32([0.0, -0.0]), size=c)
+  rows[3] = -np.inf
+  rows[4, ::2] = np.nan
+  rows[5, ::3] = np.copysign(np.nan, -1)
+  rows[6, ::2] = rng.choice(np.float32([np.inf, -np.inf]), size=len(rows[6, ::2]))
+  rows[7] = rng.choice(np.float32([1e-45, -1e-45, 0, 3e38, -3e38]), size=c)
+  rows[8] = np.uint32(0xFFFFFFFF).view(np.float32)  # the least of all: as much as what is beyond a row
+  expected_values, expected_indices = jax.lax.top_k(rows, k)
+  values_bk, indices_bk = pallas_kernels.topk(jnp.asarray(rows), k, interpret=True)
+  np.testing.assert_array_equal(indices_bk, expected_indices)
+  np.testing.assert_array_equal(np.asarray(values_bk).view(np.int32), np.asarray(expected_values).view(np.int32))
+
+
+def test_latents_chosen_with_the_kernel_are_those_chosen_without(interpreted, monkeypatch):
+  rng = np.random.default_rng(0)
+  x_bd, w_ld = (jnp.asarray(rng.normal(size=(n, 12)), jnp.float32) for n in (6, 1024))
+  w_ld = w_ld.at[512:].set(w_ld[:512])  # ties
+  expected = kernels.select_topk(kernels.KERNELS['sparse'], x_bd, w_ld, jnp.zeros(len(w_ld)), 9)
+  widths = []
+
+  def counted(x_bc, k):
+    widths.append(x_bc.shape[1])
+    return interpreted.topk(x_bc, k)
+
+  # As on an accelerator: a CPU has a way of its own.
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, default, **_: default(*args))
+  found = kernels.select_topk(interpreted._replace(topk=counted), x_bd, w_ld, jnp.zeros(len(w_ld)), 9)
+  np.testing.assert_array_equal(found[1], expected[1])
+  np.testing.assert_allclose(found[0], expected[0], **TOLERANCE)
+  assert set(widths) == {64, 144}  # groups, and the members of nine of them
+
+
 @pytest.mark.parametrize('k', [1, 32, 128, 2048])
 def test_kernels_lower_to_triton(k):
   def step(*args):
     error_bd, dots_bk = pallas_kernels.error_and_dot(*args)
-    return error_bd, pallas_kernels.add_outers((args[1],), (dots_bk,), (error_bd,), args[2])
+    return (
+      error_bd,
+      pallas_kernels.add_outers((args[1],), (dots_bk,), (error_bd,), args[2]),
+      pallas_kernels.topk(args[1], 2),
+    )
 
   shape = jax.ShapeDtypeStruct
   args = shape((64, k), 'float32'), shape((4096, 768), 'float32'), shape((64, k), 'int32'), shape((64, 768), 'float32')
   text = jax.jit(step).trace(*args).lower(lowering_platforms=('cuda',)).as_text()
-  assert text.count('xla.gpu.triton') == 2
+  assert text.count('xla.gpu.triton') == 3
 
 
 def test_over_a_mesh_what_is_traced_varies_as_the_batch_does():
