@@ -33,6 +33,9 @@ UNROLL = 16
 # on two threads where a loop has enough operations, and with so few tokens little between them leaves the cache. One
 # part or four are slower, and so are 512 tokens.
 ADD_ROWS = 1024
+# On an accelerator, numbers of a weight that are gathered together: 1 GB. TPUs write them to memory, so that the rows
+# of all candidates of 8,192 tokens would be 51 GB at d 12,288 and k 128; GPUs may, where they add them to gradients.
+ACCELERATOR_GATHERED = 2**28
 GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, those of 1024 / k tokens
 # Candidates beyond k: some, and a share of k. What rounding may add, in standard deviations of pre-activations, grows
 # with the root of d. At d 768, with k 32 of 8,192 or 24,576 latents, as many leave no token in a thousand unproven, and
@@ -108,13 +111,21 @@ def _sparse_weighted_sum(values_bk, w_ld, indices_bk):
   return jax.lax.scan(add, out_bd, chunks)[0]
 
 
+def _accelerator_rows(k, d):
+  """Returns how many tokens' k rows of d numbers an accelerator gathers together: a power of 2, as most batches are."""
+  return min(ACCELERATOR_BLOCK_ROWS, 1 << max(0, (ACCELERATOR_GATHERED // (k * d)).bit_length() - 1))
+
+
 def _sparse_dot(x_bd, w_ld, indices_bk):
   def blocked(x_bd, w_ld, indices_bk):
     dot = lambda x_bd, indices_bk: jnp.einsum('bd,bkd->bk', x_bd, _rows(w_ld, indices_bk))
     return _in_blocks(dot, max(1, GATHERED_ROWS // indices_bk.shape[1]), x_bd, indices_bk)
 
-  # An accelerator's compiler gathers within the sum; a CPU's would do it one number at a time.
-  fused = lambda x_bd, w_ld, indices_bk: jnp.sum(x_bd[:, None] * _rows(w_ld, indices_bk), axis=-1)
+  # A GPU's compiler gathers within the sum; a CPU's would do it one number at a time.
+  def fused(x_bd, w_ld, indices_bk):
+    dot = lambda x_bd, indices_bk: jnp.sum(x_bd[:, None] * _rows(w_ld, indices_bk), axis=-1)
+    return _in_blocks(dot, _accelerator_rows(indices_bk.shape[1], w_ld.shape[1]), x_bd, indices_bk)
+
   return jax.lax.platform_dependent(x_bd, w_ld, indices_bk, cpu=blocked, default=fused)
 
 
@@ -189,7 +200,8 @@ def _sorted_add_outers(totals_ld, values_bk, x_bd, indices_bk):
 
     return tuple(map(add, totals_ld, values_bk, x_bd))
 
-  return added_in_blocks(add_block, ACCELERATOR_BLOCK_ROWS, totals_ld, values_bk, x_bd, indices_bk)
+  n_rows = _accelerator_rows(indices_bk.shape[1], x_bd[0].shape[1])
+  return added_in_blocks(add_block, n_rows, totals_ld, values_bk, x_bd, indices_bk)
 
 
 def _densified(values_bk, indices_bk, n_latents):

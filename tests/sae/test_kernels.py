@@ -191,6 +191,22 @@ def test_rounding_changes_no_product_by_more_than_the_bound(outlier):
   assert (bound_b < 1.02 * 2**-7 * norms_b).all()  # two roundings by half a unit in the last of 8 places, and sums
 
 
+@pytest.mark.parametrize('gathered', [1, 7 * K * D, 1e9])
+@pytest.mark.parametrize('kind', ['sparse', 'sorted'])
+def test_an_accelerator_gathers_in_blocks(monkeypatch, kind, gathered):
+  x_bd, w_ld, values_bk, indices_bk = arrays()
+  chosen = kernels.KERNELS[kind]
+  results = lambda: (
+    chosen.dot(x_bd, w_ld, indices_bk),
+    chosen.add_outers((w_ld,), (values_bk,), (x_bd,), indices_bk),
+    chosen.error_and_dot(values_bk, w_ld, indices_bk, x_bd),
+  )
+  expected = results()
+  monkeypatch.setattr(kernels, 'ACCELERATOR_GATHERED', int(gathered))
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, default, **_: default(*args))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-4), results(), expected)
+
+
 def test_on_a_gpu_pallas_kernels_are_tried_and_only_right_ones_used(monkeypatch, caplog):
   def scaled_by(found):
     return lambda *args: jax.tree.map(lambda x: found(x), kernels.KERNELS['sparse'].error_and_dot(*args))
