@@ -29,7 +29,7 @@ MAX_COUNT = 2**31 - 1
 
 
 def plain_topk(x_bl: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Returns `jax.lax.top_k`, as one."""
+  """Returns `jax.lax.top_k`, of which XLA makes no sort of all of x because of what follows."""
   # The barriers keep later slices of the results from turning a top-k into a full sort, 5 to 150 times slower on a CPU.
   # One barrier around both results crashes the compiler where there are several devices (jax 0.10.2).
   values_bk, indices_bk = jax.lax.top_k(x_bl, k)

@@ -156,7 +156,7 @@ def _choose_fastest(settings, members, widths, path):
     sizes = member.settings.n_latents // n_shards, widths[member.settings.site]
     settings = member.plan.settings
     measured = {
-      'kernels': lambda: kernels.fastest(*sizes, settings['k']),
+      'kernels': lambda: kernels.fastest(*sizes, recipes.most_chosen(settings)),
       'compute_dtype': lambda: kernels.fastest_dtype(*sizes, recipes.most_chosen(settings)),
     }
     return {field: run() for field, run in measured.items() if settings[field] == recipes.AUTO}

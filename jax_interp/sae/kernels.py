@@ -68,7 +68,7 @@ class Kernels(NamedTuple):
       total_ld + the sum of values_bk x_bd over all b and k with indices_bk = l.
     error_and_dot: (values_bk, w_ld, indices_bk, target_bd) to error_bd = target_bd - weighted_sum, and its `dot` with
       the same rows.
-    topk: (x_bc, k) to `jax.lax.top_k` of rows of maxima or candidates.
+    topk: (x_bc, k) to `jax.lax.top_k` of maxima of groups of pre-activations, or of the members of some groups.
   """
 
   weighted_sum: Callable
@@ -233,6 +233,8 @@ def _on_cuda(kernel, default):
 
 
 def _cuda_topk(x_bc, k):
+  if x_bc.shape[1] > pallas_kernels.MOST_NUMBERS:
+    return plain_topk(x_bc, k)
   kernel, default = (functools.partial(topk, k=k) for topk in (pallas_kernels.topk, plain_topk))
   return _on_cuda(kernel, default)(x_bc)
 
@@ -406,17 +408,29 @@ def _probe(n_latents, d):
   return tuple(jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
 
 
-def _as_sparse(name, update, *args):
-  """Returns whether kernels run here and give the gradients of 'sparse', and logs why not."""
+def _step(kernels, x_bd, w_ld, k, dtype='float32'):
+  values_bk, indices_bk = select_topk(kernels, x_bd, w_ld, jnp.zeros(len(w_ld)), k, dtype)
+  return values_bk, _update(kernels, x_bd, w_ld, values_bk, indices_bk)
 
-  @jax.jit
-  def distance():
-    grads, expected = (update(KERNELS[kind], *args) for kind in (name, 'sparse'))
-    apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)), grads, expected)
+
+def _update(kernels, x_bd, w_ld, values_bk, indices_bk):
+  error_bd, products_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
+  grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, len(w_ld), len(w_ld))))
+  return sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
+
+
+def _are_right(name, x_bd, w_ld, k):
+  """Returns whether kernels run here and give the latents and gradients of 'sparse', and logs why not."""
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def distance(x_bd, w_ld, dtype):
+    found, expected = (_step(KERNELS[kind], x_bd, w_ld, k, dtype) for kind in (name, 'sparse'))
+    apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)), found, expected)
     return jnp.max(jnp.stack(jax.tree.leaves(apart)))
 
+  logging.info("trying kernels '%s'; should that end this process, set sae.kernels to another than 'auto'", name)
   try:
-    apart = float(distance())
+    apart = max(float(distance(x_bd, w_ld, dtype)) for dtype in DTYPES)
   except Exception as e:  # whatever a compiler or a card says of these kernels, there are others
     logging.warning("kernels '%s' are not used, as they fail on this machine: %s", name, e)
     return False
@@ -432,25 +446,29 @@ def fastest(n_latents: int, d: int, k: int) -> str:
 
   Sparse ones move k rows a token where dense ones multiply by all: which wins depends on n_latents / k against the
   ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators). On a GPU 'pallas'
-  are tried if their gradients are those of 'sparse' there.
+  are tried if they give what 'sparse' give there.
   """
-  args = _probe(n_latents, d)
-
-  def update(kernels, x_bd, w_ld):
-    values_bk, indices_bk = select_topk(kernels, x_bd, w_ld, jnp.zeros(n_latents), min(k, n_latents))
-    error_bd, products_bk = decode_and_dz(kernels, values_bk, w_ld, None, indices_bk, x_bd)
-    grads = Gradients(*(jnp.zeros(shape) for shape in (w_ld.shape, w_ld.shape, n_latents, n_latents)))
-    return sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
+  k = min(k, n_latents)
+  x_bd, w_ld = _probe(n_latents, d)
 
   @functools.partial(jax.jit, static_argnums=0)
-  def sums(kernels, *args):
-    return jax.tree.map(jnp.sum, update(kernels, *args))  # allocating the gradients would be most of the time
+  def select(kernels, x_bd, w_ld):
+    return select_topk(kernels, x_bd, w_ld, jnp.zeros(n_latents), k)
 
+  @functools.partial(jax.jit, static_argnums=0)
+  def update(kernels, *args):
+    return jax.tree.map(jnp.sum, _update(kernels, *args))  # allocating the gradients would be most of the time
+
+  latents = select(KERNELS['sparse'], x_bd, w_ld)
   names = [name for name in KERNELS if name != 'pallas']
-  if jax.default_backend() == 'gpu' and _as_sparse('pallas', update, *args):
+  if jax.default_backend() == 'gpu' and _are_right('pallas', x_bd, w_ld, k):
     names.append('pallas')
-  run = lambda name: lambda: sums(KERNELS[name], *args)
+  run = lambda name: lambda: update(KERNELS[name], x_bd, w_ld, *latents)
   seconds = _seconds({name: run(name) for name in names})
+  if 'pallas' in names:  # they alone choose latents in a way of their own
+    run_select = lambda name: lambda: select(KERNELS[name], x_bd, w_ld)
+    selecting = _seconds({name: run_select(name) for name in ('sparse', 'pallas')})
+    seconds['pallas'] += selecting['pallas'] - selecting['sparse']
   return min(seconds, key=seconds.get)
 
 

@@ -1,4 +1,4 @@
-"""Products with the rows of a few latents a token, as Pallas kernels for CUDA: `kernels.KERNELS['pallas']`.
+"""Top-k, and products with the rows of a few latents a token, as Pallas kernels for CUDA: `KERNELS['pallas']`.
 
 XLA reads a token's k rows once to decode and once more for the gradient of its latents, and adds to the gradients row
 by row, where threads wait for each other. Here a program holds the rows of one token for both, and a program owns one
@@ -17,10 +17,11 @@ from jax.experimental.pallas import triton
 
 from models.topk import ordered_keys
 
-TILE = 8192  # numbers that a program holds: of k rows, as many columns
-MOST_COLUMNS, FEWEST_COLUMNS = 512, 16  # also where k is so large that fewer would be TILE
-NUMBERS_PER_WARP = 2048  # 64 of the 255 registers that a thread may have
-FEWEST_WARPS = 4
+TILE = 8192  # numbers of a weight that a program holds, if k leaves room for FEWEST_COLUMNS of k rows
+MOST_COLUMNS, FEWEST_COLUMNS = 512, 16
+NUMBERS_PER_WARP = 2048  # 64 registers of each thread, where it may have 255, or 64 with most warps
+FEWEST_WARPS, MOST_WARPS = 4, 32
+MOST_NUMBERS = MOST_WARPS * NUMBERS_PER_WARP  # that a program can hold: k rows of FEWEST_COLUMNS, with k up to 4,096
 LEAST = -(2**31)  # of int32
 ADD_COLUMNS, ADD_TOKENS = 256, 16  # of a row of the gradients that a program adds up, and tokens at a time
 
@@ -141,7 +142,10 @@ def _to_row(*refs, n, k, d):
 
 
 def add_outers(totals_ld, values_bk, x_bd, indices_bk, interpret=False):
-  """As `kernels.Kernels.add_outers`; the pairs of a latent are added in the order of their tokens."""
+  """As `kernels.Kernels.add_outers`; the pairs of a latent are added in the order of their tokens.
+
+  They are one program's: a latent of very many tokens takes long, while others wait for it at the end.
+  """
   n, (n_latents, d), k = len(totals_ld), totals_ld[0].shape, indices_bk.shape[1]
   latents = indices_bk.reshape(-1)
   order = jnp.argsort(latents, stable=True)
@@ -187,7 +191,7 @@ def _of_row(x_ref, values_ref, indices_ref, *, k, c):
 
 
 def topk(x_bc, k, interpret=False):
-  """Returns `jax.lax.top_k` of rows that fit into the registers of a program: of up to some ten thousand numbers."""
+  """Returns `jax.lax.top_k` of rows of up to MOST_NUMBERS."""
   b, c = x_bc.shape
   values_bk, indices_bk = pl.pallas_call(
     functools.partial(_of_row, k=k, c=c),
