@@ -97,9 +97,10 @@ def _ours(job, pool):
     activation_functions.TopK(k),
   )
   levels = ((k, 1.0), (4 * k, 1 / 8)) if job.get('multi') else ((k, 1.0),)
+  sizes = job['n'], D, max(of for of, _ in levels)
   how = {
-    'kernels': job.get('kernels') or kernels.fastest(job['n'], D, k),
-    'dtype': job.get('choose_in') or kernels.fastest_dtype(job['n'], D, max(of for of, _ in levels)),
+    'kernels': job.get('kernels') or kernels.fastest(*sizes),
+    'dtype': job.get('choose_in') or kernels.fastest_dtype(*sizes),
   }
   objective = losses.TopK(levels, D // 2 if job['auxk'] else 0, dead_tokens=DEAD_TOKENS, **how)
   tx = optimizer.adam(job['learning_rate'], eps=1e-8)  # torch's
