@@ -134,12 +134,15 @@ def _abstract(shape, dtype, spec):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), spec))
 
 
-def plan(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> Plan:
-  """Returns what a device of the ambient mesh has to do in a step of train.sae with this config.
+def lower(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> tuple:
+  """Returns the lowered call of train.sae with this config on the ambient mesh, its state and batch, and the recipe.
 
   Args:
     config: of which sae and capture.dtype are read.
     widths: of the activations and, for a transcoder, of its targets.
+
+  Returns:
+    lowered, to compile; state and batch as abstract arrays; the `recipes.Plan`.
 
   Raises:
     ValueError: the mesh does not divide the latents or the batch, there are more or fewer widths than sites, or there
@@ -154,24 +157,30 @@ def plan(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> Plan:
   sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
   n_all_steps = math.ceil(settings.tokens / settings.batch_size)
   planned = recipes.plan(settings, n_all_steps, len(widths) == 2)
-  mesh_shape = dict(jax.sharding.get_mesh().shape)
-
   state, n_steps = abstract_state(planned, widths), min(settings.steps_per_dispatch, n_all_steps)
   by_token = sharding.spec('step batch d_model')
   batch = [_abstract((n_steps, settings.batch_size, width), config.capture.dtype, by_token) for width in widths]
   acts_sbd, *targets = batch
   lowered = train_step.train_steps.lower(state, acts_sbd, planned.tx, planned.recipe, planned.ema, *targets)
+  return lowered, state, batch, planned
+
+
+def plan(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> Plan:
+  """Returns what a device of the ambient mesh has to do in a step of train.sae; takes and raises what `lower` does."""
+  lowered, state, batch, planned = lower(config, widths)
   compiled = lowered.compile()
+  mesh_shape = dict(jax.sharding.get_mesh().shape)
+  n_steps, batch_size, _ = batch[0].shape
   l0 = planned.settings.get('k') or planned.settings.get('target_l0') or 0
   return Plan(
     settings=recipes.until_measured(planned.settings),
     widths=widths,
     mesh_shape=mesh_shape,
-    batch_size=settings.batch_size,
+    batch_size=batch_size,
     n_steps=n_steps,
     memory=cost.memory(state, batch, compiled),
     program=hlo.read(compiled.as_text(), mesh_shape),
-    needed_flops=train_sae.flops(state.sae, l0) * settings.batch_size / math.prod(mesh_shape.values()),
+    needed_flops=train_sae.flops(state.sae, l0) * batch_size / math.prod(mesh_shape.values()),
     xla_flops=compiled.cost_analysis()['flops'],
   )
 
