@@ -26,7 +26,10 @@ def main(_):
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # there is none to ask what TPU this is
   devices = topologies.get_topology_desc(platform='tpu', topology_name=_TOPOLOGY.value).devices
   if len(devices) != math.prod(shape):
-    raise app.UsageError(f'{_TOPOLOGY.value} has {len(devices)} devices, and the mesh {shape[0]}x{shape[1]} has not')
+    raise app.UsageError(
+      f'{_TOPOLOGY.value} has {len(devices)} devices and the mesh {shape[0]}x{shape[1]} has {math.prod(shape)}; choose '
+      'a topology of as many, or set --config.mesh.data and --config.mesh.model'
+    )
   mesh = jax.make_mesh(shape, ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2, devices=devices)
   with jax.set_mesh(mesh):
     lowered, *_ = plan.lower(config, tuple(config.plan.widths))
