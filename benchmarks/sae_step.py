@@ -116,7 +116,7 @@ def _ours(job, pool):
   variances = [float(x.var(0).mean()) for x in pool]
 
   def place_next():
-    return sharding.place(np.stack(list(itertools.islice(batches, job['steps_per_call']))), 'step batch d_model')
+    return sharding.place(np.stack(list(itertools.islice(batches, job['steps_per_call']))), 'step row d_model')
 
   acts_sbd = place_next()
 

@@ -2,15 +2,18 @@
 
 There is always a mesh, 1x1 on a laptop, with two axes: the batch is cut over `data`; heads, MLP neurons and SAE latents
 are cut over `model`; all other dimensions stay whole, and so do heads that `model` does not divide (25 in GPT-2 XL, 9
-in SmolLM2): their kernels are then cut along the heads' channels. The mesh is ambient: commands call
-`jax.set_mesh(make_mesh(...))` once.
+in SmolLM2): their kernels are then cut along the heads' channels. Rows of activations that wait for an SAE's training
+step are cut over both: each is on one device, until the devices of its batch gather them. The mesh is ambient: commands
+call `jax.set_mesh(make_mesh(...))` once.
 """
+
+import math
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-AXES = {'batch': 'data', 'head': 'model', 'neuron': 'model', 'latent': 'model'}
+AXES = {'batch': 'data', 'row': ('data', 'model'), 'head': 'model', 'neuron': 'model', 'latent': 'model'}
 
 
 def make_mesh(data: int = 1, model: int = 1) -> jax.sharding.Mesh:
@@ -54,14 +57,20 @@ def spec(dims: str) -> PartitionSpec:
   return PartitionSpec(*(AXES.get(dim) for dim in dims.split()))
 
 
-def divides(axis: str, size: int) -> bool:
-  """Returns whether the ambient mesh's axis cuts the size into equal parts."""
-  return size % jax.sharding.get_abstract_mesh().shape.get(axis, 1) == 0
+def n_parts(axes: str | tuple[str, ...]) -> int:
+  """Returns into how many parts an axis of the ambient mesh cuts, or several together."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def divides(axes: str | tuple[str, ...], size: int) -> bool:
+  """Returns whether the ambient mesh's axis, or axes together, cut the size into equal parts."""
+  return size % n_parts(axes) == 0
 
 
 def is_cut(axis: str) -> bool:
   """Returns whether the ambient mesh has several devices along an axis."""
-  return jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
+  return n_parts(axis) > 1
 
 
 def fitting(dims: str, shape: tuple[int, ...]) -> PartitionSpec:
@@ -87,14 +96,14 @@ def place(x, dims: str) -> jax.Array:
   return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), fitting(dims, x.shape)))
 
 
-def check_divides(name: str, size: int, axis: str):
-  """Raises unless the mesh axis divides the size.
+def check_divides(name: str, size: int, axes: str | tuple[str, ...]):
+  """Raises unless the mesh axis, or axes together, divide the size.
 
   Raises:
-    ValueError: it does not divide.
+    ValueError: they do not.
   """
-  if not divides(axis, size):
-    n_shards = jax.sharding.get_abstract_mesh().shape[axis]
+  if not divides(axes, size):
+    axis = axes if isinstance(axes, str) else ' x '.join(filter(is_cut, axes))
     raise ValueError(
-      f'{name} {size} is not divisible by the {axis} axis {n_shards}; choose a multiple or shrink the axis'
+      f'{name} {size} is not divisible by the {axis} axis {n_parts(axes)}; choose a multiple or shrink the axis'
     )

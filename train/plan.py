@@ -154,11 +154,11 @@ def lower(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> tuple:
   n_sites = 2 if settings.get('target_site') else 1
   if len(widths) != n_sites:
     raise ValueError(f'there are {len(widths)} widths, {widths}, and {n_sites} sites; give --width=N, or N,N_OUT')
-  sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
   n_all_steps = math.ceil(settings.tokens / settings.batch_size)
   planned = recipes.plan(settings, n_all_steps, len(widths) == 2)
   state, n_steps = abstract_state(planned, widths), min(settings.steps_per_dispatch, n_all_steps)
-  by_token = sharding.spec('step batch d_model')
+  sharding.check_divides('sae.batch_size', settings.batch_size, sharding.AXES['row'])
+  by_token = sharding.spec('step row d_model')
   batch = [_abstract((n_steps, settings.batch_size, width), config.capture.dtype, by_token) for width in widths]
   acts_sbd, *targets = batch
   lowered = train_step.train_steps.lower(state, acts_sbd, planned.tx, planned.recipe, planned.ema, *targets)
@@ -365,7 +365,9 @@ def _way_out(found, axis, names, with_axis):
   """Returns the smallest size of an axis for which something of `names` would fit, as text, or None."""
   size = found.mesh_shape[axis]
   other = size // 2 if size % 2 == 0 else 2 * size
-  total = found.settings['n_latents'] if axis == 'model' else found.batch_size
+  total = found.batch_size // (math.prod(found.mesh_shape.values()) // size)  # rows are cut over both axes
+  if axis == 'model':
+    total = math.gcd(total, found.settings['n_latents'])
   mesh_shape = found.mesh_shape | {axis: other}
   if total % other or math.prod(mesh_shape.values()) > jax.device_count():
     return None

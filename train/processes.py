@@ -4,6 +4,7 @@ Every function here but `locked` and `answer` is called by all processes, in the
 what it says, and costs nothing. `command.main` joins the processes.
 """
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -63,25 +64,19 @@ def any_of(flag: bool) -> bool:
 
 
 def part() -> tuple[int, int]:
-  """Returns which of how many equal parts of a batch, cut over the data axis of the ambient mesh, is this process's.
-
-  Processes that hold devices of the same rows of the data axis have the same part.
+  """Returns which of how many equal parts of a batch is this process's: rows are cut over all devices of the mesh.
 
   Raises:
-    ValueError: the processes do not hold whole groups of neighbouring rows, each as many.
+    ValueError: the processes do not hold as many devices of the ambient mesh each.
   """
-  devices = jax.sharding.get_mesh().devices
-  held = [
-    [i for i, row in enumerate(devices) if p in {d.process_index for d in row}] for p in range(jax.process_count())
-  ]
-  size = len(held[jax.process_index()])
-  groups = [list(range(start, start + size)) for start in range(0, len(devices), size or 1)]
-  if any(rows not in groups for rows in held):
+  devices, n_processes = jax.sharding.get_mesh().devices, jax.process_count()
+  n_held = collections.Counter(device.process_index for device in devices.flat)
+  if [n_held[p] for p in range(n_processes)] != [devices.size / n_processes] * n_processes:
     raise ValueError(
-      f'a mesh of {"x".join(map(str, devices.shape))} does not give each of {len(held)} processes as many whole rows '
-      'of the data axis; choose mesh.data x mesh.model as all devices'
+      f'a mesh of {"x".join(map(str, devices.shape))} does not give each of {n_processes} processes as many devices; '
+      'choose mesh.data x mesh.model as all devices'
     )
-  return groups.index(held[jax.process_index()]), len(groups)
+  return jax.process_index(), n_processes
 
 
 @contextlib.contextmanager

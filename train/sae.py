@@ -99,9 +99,10 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
     readers, keep_et = {site: saved.reader(site) for site in sites}, saved.keep()
   else:
     # Every process runs the model on its own devices: processes capture at different times, and wait for none.
-    sharding.check_divides('capture.batch_size', config.capture.batch_size, 'data')
-    n_examples = config.capture.batch_size // processes.part()[1]
+    n_processes = processes.part()[1]
     with jax.set_mesh(sharding.own_mesh()):
+      n_rows = sharding.n_parts('data')
+      n_examples = n_rows * max(1, config.capture.batch_size // (n_processes * n_rows))
       subject = command.subject(config, workdir)
       windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
       windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
@@ -129,7 +130,7 @@ def _members(config, workdir) -> list[_Member]:
     raise ValueError(
       f'sae.checkpoints {settings.checkpoints} is less than 2: only the step after it tells that the last one is good'
     )
-  sharding.check_divides('sae.batch_size', settings.batch_size, 'data')
+  sharding.check_divides('sae.batch_size', settings.batch_size, sharding.AXES['row'])
   n_steps = math.ceil(settings.tokens / settings.batch_size)
   found = []
   for name, own in sweep.members(config).items():
@@ -274,7 +275,7 @@ def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax
   Another thread makes the next ones meanwhile.
   """
   n_steps, n_each = math.ceil(settings.tokens / settings.batch_size), settings.steps_per_dispatch
-  by_token = NamedSharding(jax.sharding.get_mesh(), sharding.spec('step batch d_model'))
+  by_token = NamedSharding(jax.sharding.get_mesh(), sharding.spec('step row d_model'))
 
   def place(rows):
     acts_sbd = np.stack(rows)

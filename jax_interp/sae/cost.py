@@ -183,6 +183,8 @@ def axis_that_fits(here: float, other: tuple[int, float], size: int, room: float
   """
   slope = (other[1] - here) / (1 / other[0] - 1 / size)
   rest = here - slope / size
+  if rest < 0:  # XLA laid out one of them better than the other
+    slope, rest = here * size, 0
   if rest >= room:
     return None
   least = max(math.ceil(slope / (room - rest)), 1)

@@ -109,7 +109,7 @@ def loss_and_grads(
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
     n_parts: micro-batches; see `micro_batches.MicroBatched`.
   """
-  specs = partition_specs(sae)
+  specs, batch_spec = partition_specs(sae), micro_batches.rows_spec(len(x_bd), n_parts)
 
   def loss(sae, tokens_since_fired_l, x_bd, target_bd, mse_scale):
     found = terms(sae, x_bd, target_bd, tokens_since_fired_l)
@@ -125,7 +125,7 @@ def loss_and_grads(
 
   @functools.partial(
     jax.shard_map,
-    in_specs=(specs, P('data', None), P('data', None), P('model'), P()),
+    in_specs=(specs, batch_spec, batch_spec, P('model'), P()),
     out_specs=(P(), P('model'), specs),
   )
   def run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale):
@@ -142,4 +142,4 @@ def loss_and_grads(
     )
     return metrics, tokens_since_fired_l, jax.lax.psum(grads, 'data')
 
-  return run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale)
+  return run(sae, x_bd, None if target_bd is x_bd else target_bd, tokens_since_fired_l, mse_scale)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jax_interp.sae import kernels, micro_batches
+from models import sharding
 from models.sae import SparseAutoencoder
 from models.topk import local_topk, scatter_mask, wins
 
@@ -77,13 +78,15 @@ class TopK:
       n_parts: micro-batches; see `micro_batches.MicroBatched`.
     """
     specs = partition_specs(sae)
-    batch_spec = P('data', None) if _several('data') else P()
+    axes = ('data', 'model') if sharding.is_cut('data') else ('model',)
+    batch_spec = micro_batches.rows_spec(len(x_bd), n_parts, axes)
     run = jax.shard_map(
       functools.partial(_loss_and_grads, self, n_parts),
       in_specs=(specs, batch_spec, batch_spec, P('model'), P(), P() if row_scale_l is None else P('model')),
       out_specs=(P(), P('model'), specs),
-      axis_names={'data', 'model'} if _several('data') else {'model'},
+      axis_names=set(axes),
     )
+    target_bd = None if target_bd is x_bd else target_bd
     return run(sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, row_scale_l)
 
 
@@ -96,10 +99,6 @@ def partition_specs(tree):
 def variance(x_bd: jax.Array) -> jax.Array:
   """Returns mean((x - mean over the batch)^2): 1 / mse_scale of the main loss, measured once, on a sample."""
   return jnp.mean((x_bd - x_bd.mean(0)) ** 2)
-
-
-def _several(axis):
-  return jax.sharding.get_abstract_mesh().shape[axis] > 1
 
 
 def _maps(axis):

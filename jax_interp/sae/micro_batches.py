@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from models import sharding
 
@@ -54,34 +55,59 @@ class MicroBatched:
     return self.recipe.loss_and_grads(sae, *batch, mse_scale, step, *row_scale_l, n_parts=self.n)
 
 
+def rows_spec(n_rows: int, n_parts: int = 1, axes: tuple[str, ...] = ('data', 'model')) -> P:
+  """Returns how the rows of a batch come into a map over these axes that calls `over_parts`.
+
+  Each is on one device, if a part can be cut so: the devices of a row of the mesh, which all need them, normalise each
+  its own and gather them a part at a time, and a host need only send each row once.
+  """
+  if sharding.is_cut('model') and sharding.divides(axes, n_rows // n_parts):
+    return P(axes)
+  return P(tuple(axis for axis in axes if axis != 'model'))
+
+
 def over_parts(
   of_part: Callable[..., tuple[dict[str, jax.Array], jax.Array, object]],
   n: int,
   tokens_since_fired_l: jax.Array,
-  *batch: jax.Array,
+  x_bd: jax.Array,
+  target_bd: jax.Array | None,
 ) -> tuple[dict[str, jax.Array], jax.Array, object]:
-  """Returns metrics, the dead clock and gradients of this device's tokens, inside a map.
+  """Returns metrics, the dead clock and gradients of the tokens of this device's row of the mesh, inside a map.
 
-  Metrics and gradients are the means over n parts, but for how many latents are dead after the last one.
+  Tokens that are cut over `model` too are gathered, a part at a time. Metrics and gradients are the means over n parts,
+  but for how many latents are dead after the last one.
 
   Args:
-    of_part: the dead clock and a part to its metrics, the dead clock after it, and a pytree of gradients.
+    of_part: the dead clock, x and targets of a part to its metrics, the dead clock after it, and a pytree of gradients.
     n: how many parts.
     tokens_since_fired_l: the dead clock before the batch.
-    batch: arrays [b, ...], all of the same tokens.
+    x_bd: tokens, cut as `rows_spec` says.
+    target_bd: what is reconstructed, cut alike; None if it is x_bd, which is then gathered once.
   """
+
+  def gathered(tokens_since_fired_l, x_bd, target_bd):
+    x_bd = _gathered(x_bd)
+    return of_part(tokens_since_fired_l, x_bd, x_bd if target_bd is None else _gathered(target_bd))
+
   if n == 1:
-    return of_part(tokens_since_fired_l, *batch)
-  parts = tuple(a.reshape(n, -1, *a.shape[1:]) for a in batch)
+    return gathered(tokens_since_fired_l, x_bd, target_bd)
+  parts = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), (x_bd, target_bd))
 
   def add(carry, part):
     total, clock_l = carry
-    metrics, clock_l, grads = of_part(clock_l, *part)
+    metrics, clock_l, grads = gathered(clock_l, *part)
     return (jax.tree.map(jnp.add, total, grads), clock_l), metrics
 
   # Never computed, only what zeros are made like: they vary over the same axes of the mesh.
-  *_, like = of_part(tokens_since_fired_l, *(a[0] for a in parts))
+  *_, like = gathered(tokens_since_fired_l, *jax.tree.map(lambda a: a[0], parts))
   zeros = jax.tree.map(jnp.zeros_like, like)
   (total, tokens_since_fired_l), metrics = jax.lax.scan(add, (zeros, tokens_since_fired_l), parts)
   metrics = {name: x_n[-1] if name == 'dead' else x_n.mean(0) for name, x_n in metrics.items()}
   return metrics, tokens_since_fired_l, jax.tree.map(lambda grad: grad / n, total)
+
+
+def _gathered(x_bd):
+  """Returns the rows of all devices of this one's row of the mesh, where they are cut over `model`."""
+  cut = 'model' in jax.typeof(x_bd).manual_axis_type.varying
+  return jax.lax.all_gather(x_bd, 'model', tiled=True, to='invarying') if cut else x_bd

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from jax_interp.sae.losses import partition_specs, variance
+from jax_interp.sae.micro_batches import rows_spec
 from models.sae import SparseAutoencoder, unit_rows
 
 THRESHOLD_DECAY = 0.99  # of the average of a recipe's threshold, which follows the weights: they change for long
@@ -127,20 +128,20 @@ def train_steps(
 
   Args:
     state: donated.
-    acts_sbd: raw activations, the batch divisible by the `data` axis.
+    acts_sbd: raw activations, the batch divisible by the `data` axis. Best each row is on one device: 'row' of
+      `models.sharding`.
     tx: from `optimizer.adam`.
     objective: what is minimised.
     ema: the decay of the average of the weights, 0 for none; as given to `init_state`.
     targets_sbd: what is reconstructed instead of acts_sbd, by a transcoder.
   """
-  on_data = lambda x_bd: x_bd if x_bd is None else jax.lax.with_sharding_constraint(x_bd, P('data', None))
-
+  fed = lambda x_bd: x_bd if x_bd is None else jax.lax.with_sharding_constraint(x_bd, rows_spec(len(x_bd)))
   lazy = getattr(objective, 'scales_rows', False) and not objective.parity  # those that scale rows have a parity
 
   def step(carry, batch):
     state, row_scale_l = carry
     acts_bd, targets_bd = batch
-    x_bd, target_bd = _normalized(state.sae, on_data(acts_bd), on_data(targets_bd))
+    x_bd, target_bd = _normalized(state.sae, fed(acts_bd), fed(targets_bd))
     found = objective.loss_and_grads(
       state.sae,
       x_bd,

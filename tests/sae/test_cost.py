@@ -231,3 +231,7 @@ def test_the_axis_that_fits(room, n):
 
 def test_the_dimension_that_is_not_cut_fits_nowhere():
   assert cost.axis_that_fits(100, (2, 100), 4, 50, 64) is None
+
+
+def test_of_bytes_that_shrink_by_more_than_what_is_cut_nothing_stays():
+  assert cost.axis_that_fits(100, (2, 300), 4, 50, 64) == 8

@@ -55,9 +55,9 @@ def test_parts_train_as_the_whole(shape, recipe):
 
 @pytest.mark.parametrize('kind', PER_PART)
 def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
-  recipe, n, n_shards = PER_PART[kind], 4, mesh.shape['data']
+  recipe, n, n_devices = PER_PART[kind], 4, mesh.devices.size
   # Of every device's rows, the first quarter is the first part.
-  rows_n = np.arange(B).reshape(n_shards, n, -1).swapaxes(0, 1).reshape(n, -1)
+  rows_n = np.arange(B).reshape(n_devices, n, -1).swapaxes(0, 1).reshape(n, -1)
   model, target_bd, row_scale = sae.init_sae(jax.random.key(0), ACTS[0], L, K), ACTS[0], ()
   if kind == 'jumprelu':
     model = sae.with_activation(model, JumpReLUActivation(np.full(L, 0.5, 'f')))

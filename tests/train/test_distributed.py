@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ import tokenizers
 from flax import nnx
 
 from models import gpt2, pretrained, sharding
-from train import capture
+from train import capture, processes
 from train import sae as train_sae
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -235,7 +236,7 @@ def test_sigterm_stops_all_and_the_same_command_goes_on(subject, whole, tmp_path
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--config.mesh.data=1'], 'a mesh of 1x1 does not give each of 2 processes as many whole rows of the data axis'),
+    (['--config.mesh.data=1'], 'a mesh of 1x1 does not give each of 2 processes as many devices'),
     (['--config.capture.sites=("h.0.resid.post_mpl",)'], 'the nearest are h.0.resid.post_mlp'),
   ],
 )
@@ -244,6 +245,29 @@ def test_bad_settings_are_told_by_all_processes(subject, tmp_path, flags, messag
   assert codes == [1, 1]
   for output in outputs:
     assert message in output
+
+
+@pytest.mark.parametrize('rows', [[(0, 0), (1, 1)], [(0, 1)], [(0, 1), (1, 0)]], ids=str)
+def test_processes_that_hold_as_many_devices_have_a_part_each(monkeypatch, rows):
+  assert parts_of_mesh(monkeypatch, rows) == [(0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize('rows', [[(0, 0), (0, 1)], [(0, 0)]], ids=str)
+def test_processes_that_hold_more_or_none_of_a_mesh_are_told(monkeypatch, rows):
+  with pytest.raises(ValueError, match=f'a mesh of {len(rows)}x2 does not give each of 2 processes as many devices'):
+    parts_of_mesh(monkeypatch, rows)
+
+
+def parts_of_mesh(monkeypatch, rows):
+  """Returns the part of each of two processes, on a mesh whose devices are these processes'."""
+  devices = np.array([[types.SimpleNamespace(process_index=p) for p in row] for row in rows])
+  monkeypatch.setattr(jax.sharding, 'get_mesh', lambda: types.SimpleNamespace(devices=devices))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  found = []
+  for p in range(2):
+    monkeypatch.setattr(jax, 'process_index', lambda p=p: p)
+    found.append(processes.part())
+  return found
 
 
 def test_processes_that_do_not_read_the_same_are_told(subject, tmp_path):

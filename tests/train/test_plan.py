@@ -67,7 +67,7 @@ def test_bytes_and_flops_are_those_of_the_program(mesh):
   assert memory.weights == memory.average == memory.gradients == weights
   assert memory.moments == 2 * weights + 2 * F32  # and two counts of steps
   assert memory.counters == F32 * (N // model + 3)
-  assert memory.batch == memory.next_batch == STEPS * B // data * D * BF16
+  assert memory.batch == memory.next_batch == STEPS * B // (data * model) * D * BF16
   assert memory.state + memory.batch == argument_bytes
   assert memory.temporaries >= memory.gradients
   parts = memory.state, memory.batch, memory.next_batch, memory.results, memory.temporaries
@@ -101,6 +101,10 @@ def test_collectives_are_those_of_the_design(mesh):
   if model > 1:  # the reconstruction, whatever the latents; but for candidates, it is all
     recons = F32 * B // data * D
     assert STEPS * recons <= of('model') <= 1.5 * STEPS * recons
+    # Activations, each on one device before, are gathered once; so are at most K candidates of every shard.
+    gathered = sum(c.times * c.n_bytes for c in always if c.axis == 'model' and c.op == 'all-gather')
+    candidates = F32 * B // data * K * model
+    assert STEPS * recons <= gathered <= STEPS * (recons + candidates)
 
 
 def test_the_state_is_the_one_that_training_has(mesh):
@@ -137,7 +141,7 @@ def test_a_transcoder_has_two_widths():
   config = _config(target_site='h.3.resid.post_mlp', normalization='none', skip=True)
   found = _on(1, 2, config, (D, d_out))
   assert found.memory.weights == F32 * (N // 2 * (D + d_out) + N // 2 + D + d_out + d_out * D)
-  assert found.memory.batch == STEPS * B * (D + d_out) * BF16
+  assert found.memory.batch == STEPS * B // 2 * (D + d_out) * BF16
   with pytest.raises(ValueError, match='1 widths'):
     _on(1, 2, config)
 
