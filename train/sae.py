@@ -139,7 +139,7 @@ def _members(config, workdir) -> list[_Member]:
   return found
 
 
-def _choose_fastest(settings, members, widths, path):
+def _settle_kernels(settings, members, widths, path):
   """Replaces 'auto' by what is fastest here for a device's latents, once for a folder: sums differ in their order.
 
   Args:
@@ -147,32 +147,47 @@ def _choose_fastest(settings, members, widths, path):
     members: whose plans are replaced.
     widths: {site: d}.
     path: of the file that keeps the choice for runs that go on.
+
+  Raises:
+    ValueError: kernels that are not XLA's do not work on this machine.
   """
   n_shards = jax.sharding.get_mesh().shape['model']
   own = [member for member in members if recipes.AUTO in member.plan.settings.values()]
-  if not own:
-    return
+  sizes = lambda member: (
+    member.settings.n_latents // n_shards,
+    widths[member.settings.site],
+    recipes.most_chosen(member.plan.settings),
+  )
 
   def measure(member):
-    sizes = member.settings.n_latents // n_shards, widths[member.settings.site]
-    settings = member.plan.settings
-    measured = {
-      'kernels': lambda: kernels.fastest(*sizes, recipes.most_chosen(settings)),
-      'compute_dtype': lambda: kernels.fastest_dtype(*sizes, recipes.most_chosen(settings)),
+    measured = {'kernels': kernels.fastest, 'compute_dtype': kernels.fastest_dtype}
+    return {
+      field: run(*sizes(member)) for field, run in measured.items() if member.plan.settings[field] == recipes.AUTO
     }
-    return {field: run() for field, run in measured.items() if settings[field] == recipes.AUTO}
 
   def choose():
-    if not path.exists():
-      with jax.set_mesh(sharding.make_mesh()):
-        store.write_json(path, {member.name: measure(member) for member in own})
-    return json.loads(path.read_text('utf-8'))
+    if own and not path.exists():
+      store.write_json(path, {member.name: measure(member) for member in own})
+    return json.loads(path.read_text('utf-8')) if own else {}
 
-  chosen = processes.on_first(choose)
+  def check():
+    for member in members:
+      if jax.default_backend() == 'gpu' and member.plan.settings.get('kernels') == 'pallas':
+        kernels.check('pallas', *sizes(member))
+
+  def on_one_device(run):
+    with jax.set_mesh(sharding.make_mesh()):
+      return run()
+
+  chosen = processes.on_first(lambda: on_one_device(choose))
   n_steps = math.ceil(settings.tokens / settings.batch_size)
   for member in own:
     settled = {**member.settings.to_dict(), **chosen[member.name]}
     member.plan = recipes.plan(settled, n_steps, member.target_site is not None)
+  try:
+    processes.on_first(lambda: on_one_device(check))
+  except ValueError as e:
+    raise ValueError(f"{e}; set sae.kernels to 'sorted' or, if {path} has them of another machine, delete it") from e
 
 
 def _watching(settings, field):
@@ -203,7 +218,7 @@ def run(config, workdir):
     key = jax.random.key(config.seed)
     with processes.together():
       sample = first_tokens(batches, config.sae)
-    _choose_fastest(
+    _settle_kernels(
       config.sae, members, {site: x.shape[1] for site, x in sample.items()}, workdir / 'sae' / 'fastest.json'
     )
     states = {member.name: _fresh(member, sample, key) for member in members}

@@ -276,8 +276,10 @@ def select_topk(
   latent_bias_l: jax.Array,
   k: int,
   dtype: str = 'float32',
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns values_bk and indices_bk of the k largest pre-activations, in descending order, ties by lowest index.
+
+  And again_b, the tokens whose choice in bfloat16 was not proven: it was made again.
 
   In bfloat16 the result is that of float32, up to the order of sums. Products of rounded numbers, summed in float32,
   choose `n_candidates`, whose pre-activations are computed in float32. The k largest of them are the result where no
@@ -296,7 +298,8 @@ def select_topk(
 
   n_chosen = n_candidates(k, x_bd.shape[1])
   if dtype == 'float32' or n_chosen >= len(encoder_ld):
-    return largest(x_bd, encoder_ld, k)
+    values_bk, indices_bk = largest(x_bd, encoder_ld, k)
+    return values_bk, indices_bk, jnp.zeros_like(values_bk[:, 0], bool)
   rounded_bc, candidates_bc = largest(x_bd.astype(dtype), encoder_ld.astype(dtype), n_chosen, any_tie=True)
   exact_bc = _sparse_dot(x_bd, encoder_ld, candidates_bc) + latent_bias_l[candidates_bc]
   values_bk, indices_bk, settled_b = topk_of_candidates(exact_bc, candidates_bc, k)
@@ -304,9 +307,9 @@ def select_topk(
   # Adding the bias rounds by 2^-24 of the sum: in what is compared with the last candidate, in the pre-activation of
   # another latent, and twice here; twice that is more than enough. An infinite sum proves nothing.
   most_of_others_b = last_b + _rounding_error(x_bd, encoder_ld, dtype) + 2.0**-21 * jnp.abs(last_b)
-  proven_b = settled_b & (most_of_others_b < values_bk[:, -1])
+  again_b = ~(settled_b & (most_of_others_b < values_bk[:, -1]))
   again = lambda x_bd: largest(x_bd, encoder_ld, k, 'highest')  # an accelerator would round
-  return chosen_again(again, ~proven_b, (values_bk, indices_bk), x_bd)
+  return *chosen_again(again, again_b, (values_bk, indices_bk), x_bd), again_b
 
 
 def _rounding_error(x_bd, encoder_ld, dtype):
@@ -403,14 +406,10 @@ def _seconds(runs):
 
 
 def _probe(n_latents, d):
-  """Returns x_bd and w_ld, random."""
+  """Returns x_bd, w_ld and bias_l: random but for the first latent, which every token has, as some of trained SAEs."""
   rng = np.random.default_rng(0)
-  return tuple(jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
-
-
-def _step(kernels, x_bd, w_ld, k, dtype='float32'):
-  values_bk, indices_bk = select_topk(kernels, x_bd, w_ld, jnp.zeros(len(w_ld)), k, dtype)
-  return values_bk, _update(kernels, x_bd, w_ld, values_bk, indices_bk)
+  x_bd, w_ld = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
+  return x_bd, w_ld, jnp.zeros(n_latents).at[0].set(8 * d**0.5)  # standard deviations of pre-activations
 
 
 def _update(kernels, x_bd, w_ld, values_bk, indices_bk):
@@ -419,25 +418,31 @@ def _update(kernels, x_bd, w_ld, values_bk, indices_bk):
   return sparse_update(kernels, grads, values_bk, products_bk, indices_bk, x_bd, error_bd)
 
 
-def _are_right(name, x_bd, w_ld, k):
-  """Returns whether kernels run here and give the latents and gradients of 'sparse', and logs why not."""
+@functools.cache
+def check(name: str, n_latents: int, d: int, k: int):
+  """Raises unless kernels run on this machine and give the latents and gradients of 'sparse', in both dtypes.
 
-  @functools.partial(jax.jit, static_argnums=2)
-  def distance(x_bd, w_ld, dtype):
-    found, expected = (_step(KERNELS[kind], x_bd, w_ld, k, dtype) for kind in (name, 'sparse'))
+  Raises:
+    ValueError: they do not.
+  """
+
+  def step(kernels, dtype, *probe):
+    values_bk, indices_bk, _ = select_topk(kernels, *probe, min(k, n_latents), dtype)
+    return values_bk, _update(kernels, *probe[:2], values_bk, indices_bk)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def distance(dtype, *probe):
+    found, expected = (step(KERNELS[kind], dtype, *probe) for kind in (name, 'sparse'))
     apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)), found, expected)
     return jnp.max(jnp.stack(jax.tree.leaves(apart)))
 
-  logging.info("trying kernels '%s'; should that end this process, set sae.kernels to another than 'auto'", name)
+  logging.info("trying kernels '%s'; should that end this process, set sae.kernels to another than these", name)
   try:
-    apart = max(float(distance(x_bd, w_ld, dtype)) for dtype in DTYPES)
+    apart = max(float(distance(dtype, *_probe(n_latents, d))) for dtype in DTYPES)
   except Exception as e:  # whatever a compiler or a card says of these kernels, there are others
-    logging.warning("kernels '%s' are not used, as they fail on this machine: %s", name, e)
-    return False
+    raise ValueError(f"kernels '{name}' fail on this machine: {e}") from e
   if not apart < PROBE_TOLERANCE:
-    logging.warning("kernels '%s' are not used, as their gradients are off by %.2g of the largest", name, apart)
-    return False
-  return True
+    raise ValueError(f"kernels '{name}' are wrong on this machine: gradients are off by {apart:.2g} of the largest")
 
 
 @functools.cache
@@ -448,25 +453,28 @@ def fastest(n_latents: int, d: int, k: int) -> str:
   ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators). On a GPU 'pallas'
   are tried if they give what 'sparse' give there.
   """
-  k = min(k, n_latents)
-  x_bd, w_ld = _probe(n_latents, d)
+  x_bd, w_ld, bias_l = _probe(n_latents, d)
 
   @functools.partial(jax.jit, static_argnums=0)
-  def select(kernels, x_bd, w_ld):
-    return select_topk(kernels, x_bd, w_ld, jnp.zeros(n_latents), k)
+  def select(kernels, x_bd, w_ld, bias_l):
+    return select_topk(kernels, x_bd, w_ld, bias_l, min(k, n_latents))
 
   @functools.partial(jax.jit, static_argnums=0)
   def update(kernels, *args):
     return jax.tree.map(jnp.sum, _update(kernels, *args))  # allocating the gradients would be most of the time
 
-  latents = select(KERNELS['sparse'], x_bd, w_ld)
+  *latents, _ = select(KERNELS['sparse'], x_bd, w_ld, bias_l)
   names = [name for name in KERNELS if name != 'pallas']
-  if jax.default_backend() == 'gpu' and _are_right('pallas', x_bd, w_ld, k):
-    names.append('pallas')
+  if jax.default_backend() == 'gpu':
+    try:
+      check('pallas', n_latents, d, k)
+      names.append('pallas')
+    except ValueError as e:
+      logging.warning('%s; they are not used', e)
   run = lambda name: lambda: update(KERNELS[name], x_bd, w_ld, *latents)
   seconds = _seconds({name: run(name) for name in names})
   if 'pallas' in names:  # they alone choose latents in a way of their own
-    run_select = lambda name: lambda: select(KERNELS[name], x_bd, w_ld)
+    run_select = lambda name: lambda: select(KERNELS[name], x_bd, w_ld, bias_l)
     selecting = _seconds({name: run_select(name) for name in ('sparse', 'pallas')})
     seconds['pallas'] += selecting['pallas'] - selecting['sparse']
   return min(seconds, key=seconds.get)
@@ -478,12 +486,12 @@ def fastest_dtype(n_latents: int, d: int, k: int) -> str:
 
   It wins where products are so much faster that the rows of the candidates, which it reads, cost less.
   """
-  x_bd, w_ld = _probe(n_latents, d)
+  probe = _probe(n_latents, d)
 
-  @functools.partial(jax.jit, static_argnums=2)
-  def select(x_bd, w_ld, dtype):
-    return select_topk(KERNELS['sparse'], x_bd, w_ld, jnp.zeros(n_latents), min(k, n_latents), dtype)
+  @functools.partial(jax.jit, static_argnums=0)
+  def select(dtype, *probe):
+    return select_topk(KERNELS['sparse'], *probe, min(k, n_latents), dtype)
 
-  run = lambda dtype: lambda: select(x_bd, w_ld, dtype)
+  run = lambda dtype: lambda: select(dtype, *probe)
   seconds = _seconds({dtype: run(dtype) for dtype in DTYPES})
   return 'bfloat16' if seconds['bfloat16'] < CLEAR_GAIN * seconds['float32'] else 'float32'

@@ -65,6 +65,9 @@ class TopK:
   ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
     """Returns metrics, the dead clock after this batch, and the gradients of the loss.
 
+    Where latents are not chosen in float32 the metrics have chosen_again, the share of tokens for which it took that
+    too; over several shards, of tokens of each.
+
     Args:
       sae: parameters; its own `k` is not used, the levels are.
       x_bd: normalised activations.
@@ -166,7 +169,9 @@ def _sums(recipe, sae, mse_scale, row_scale_l, tokens_since_fired_l, x_bd, targe
 
   ks = tuple(k for k, _ in recipe.levels)
   k_local = min(max(ks), len(encoder_ld))
-  preacts_bk, indices_bk = kernels.select_topk(run, centred_bd, encoder_ld, latent_bias_l, k_local, recipe.dtype)
+  preacts_bk, indices_bk, again_b = kernels.select_topk(
+    run, centred_bd, encoder_ld, latent_bias_l, k_local, recipe.dtype
+  )
   masks = wins(preacts_bk, ks)
   values_bk = jax.nn.relu(preacts_bk)
 
@@ -214,6 +219,8 @@ def _sums(recipe, sae, mse_scale, row_scale_l, tokens_since_fired_l, x_bd, targe
   n_fired = _over_data(jax.lax.psum, jax.lax.psum((masks[0] & (values_bk > 0)).sum(), 'model'))
   n_dead = jax.lax.psum(dead_l.sum(), 'model')
   metrics = {'loss': total, 'auxk': auxk, 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
+  if recipe.dtype != 'float32':
+    metrics['chosen_again'] = _over_data(jax.lax.pmean, jax.lax.pmean(jnp.mean(again_b), 'model'))
   return metrics, tokens_since_fired_l, _Sums(grads, bias_grad_d, skip_grad_dd, written_d)
 
 

@@ -2,7 +2,7 @@
 
 XLA reads a token's k rows once to decode and once more for the gradient of its latents, and adds to the gradients row
 by row, where threads wait for each other. Here a program holds the rows of one token for both, and a program owns one
-row of the gradients and adds up what all tokens write to it: each row is read or written once, and these sums have one
+row of the gradients and adds up what tokens write to it: each row is read or written once, and these sums have one
 order. Of top-k XLA makes a sort; here a program holds a row and finds its k-th largest number bit by bit. With
 interpret=True they run anywhere, slowly; tests do that.
 """
@@ -24,6 +24,7 @@ FEWEST_WARPS, MOST_WARPS = 4, 32
 MOST_NUMBERS = MOST_WARPS * NUMBERS_PER_WARP  # that a program can hold: k rows of FEWEST_COLUMNS, with k up to 4,096
 LEAST = -(2**31)  # of int32
 ADD_COLUMNS, ADD_TOKENS = 256, 16  # of a row of the gradients that a program adds up, and tokens at a time
+MOST_PAIRS = 512  # of a latent and its tokens that a program adds up: few latents of a batch have more
 
 
 def _power_of_2(n):
@@ -113,13 +114,8 @@ def error_and_dot(values_bk, w_ld, indices_bk, target_bd, interpret=False):
   return tuple(_per_token(values_bk, w_ld, indices_bk, target_bd, interpret))
 
 
-def _to_row(*refs, n, k, d):
-  """Adds to one row of each of n totals what the pairs (token, place among its k) of that latent write to it."""
-  starts_ref, order_ref, *refs = refs
-  values_refs, x_refs, total_refs, out_refs = (refs[i * n : (i + 1) * n] for i in range(4))
-  latent = pl.program_id(0)
-  start, end = starts_ref[latent], starts_ref[latent + 1]
-  columns = pl.program_id(1) * ADD_COLUMNS + jnp.arange(ADD_COLUMNS)
+def _written(start, end, columns, order_ref, values_refs, x_refs, k, d):
+  """Returns what some pairs (token, place among its k) of a latent write to these columns of its row, of each total."""
   in_d = columns < d
 
   def add(i, sums):
@@ -134,34 +130,71 @@ def _to_row(*refs, n, k, d):
 
     return tuple(total + jnp.sum(of(*refs), axis=0) for total, *refs in zip(sums, values_refs, x_refs, strict=True))
 
-  zeros = (jnp.zeros(ADD_COLUMNS, jnp.float32),) * n
-  sums = jax.lax.fori_loop(0, pl.cdiv(end - start, ADD_TOKENS), add, zeros)
+  zeros = (jnp.zeros(ADD_COLUMNS, jnp.float32),) * len(x_refs)
+  return jax.lax.fori_loop(0, pl.cdiv(end - start, ADD_TOKENS), add, zeros)
+
+
+def _to_parts(*refs, n, k, d):
+  """Stores what MOST_PAIRS of a latent's pairs, or fewer, write to its row of each of n totals."""
+  starts_ref, ends_ref, order_ref, *refs = refs
+  values_refs, x_refs, part_refs = (refs[i * n : (i + 1) * n] for i in range(3))
+  part = pl.program_id(0)
+  columns = pl.program_id(1) * ADD_COLUMNS + jnp.arange(ADD_COLUMNS)
+  sums = _written(starts_ref[part], ends_ref[part], columns, order_ref, values_refs, x_refs, k, d)
+  for part_ref, total in zip(part_refs, sums, strict=True):
+    triton.store(part_ref.at[part, columns], total, mask=columns < d)
+
+
+def _to_row(*refs, n, k, d):
+  """Adds to one row of each of n totals what the first MOST_PAIRS pairs of that latent write to it, and its parts."""
+  starts_ref, firsts_ref, order_ref, *refs = refs
+  values_refs, x_refs, part_refs, total_refs, out_refs = (refs[i * n : (i + 1) * n] for i in range(5))
+  latent = pl.program_id(0)
+  start, end = starts_ref[latent], starts_ref[latent + 1]
+  columns = pl.program_id(1) * ADD_COLUMNS + jnp.arange(ADD_COLUMNS)
+  read = lambda ref, row: triton.load(ref.at[row, columns], mask=columns < d, other=0.0)
+  sums = _written(start, jnp.minimum(end, start + MOST_PAIRS), columns, order_ref, values_refs, x_refs, k, d)
+  add = lambda part, sums: tuple(total + read(ref, part) for total, ref in zip(sums, part_refs, strict=True))
+  sums = jax.lax.fori_loop(firsts_ref[latent], firsts_ref[latent + 1], add, sums)
   for total_ref, out_ref, total in zip(total_refs, out_refs, sums, strict=True):
-    row = triton.load(total_ref.at[latent, columns], mask=in_d, other=0.0)
-    triton.store(out_ref.at[latent, columns], row + total, mask=in_d)
+    triton.store(out_ref.at[latent, columns], read(total_ref, latent) + total, mask=columns < d)
 
 
 def add_outers(totals_ld, values_bk, x_bd, indices_bk, interpret=False):
-  """As `kernels.Kernels.add_outers`; the pairs of a latent are added in the order of their tokens.
+  """As `kernels.Kernels.add_outers`; what is written to a row has one order.
 
-  They are one program's: a latent of very many tokens takes long, while others wait for it at the end.
+  A latent may be that of every token: what of its pairs is beyond MOST_PAIRS is cut into parts that are summed first,
+  each by a program, so that none has long to do while others wait.
   """
   n, (n_latents, d), k = len(totals_ld), totals_ld[0].shape, indices_bk.shape[1]
   latents = indices_bk.reshape(-1)
   order = jnp.argsort(latents, stable=True)
-  counts = jnp.zeros(n_latents + 1, jnp.int32).at[latents + 1].add(1, mode='promise_in_bounds')
-  inputs = (jnp.cumsum(counts), order, *(x.reshape(-1) for x in values_bk), *x_bd, *totals_ld)
-  return tuple(
-    pl.pallas_call(
-      functools.partial(_to_row, n=n, k=k, d=d),
-      out_shape=[_like(total_ld.shape, *inputs) for total_ld in totals_ld],
-      grid=(n_latents, pl.cdiv(d, ADD_COLUMNS)),
-      input_output_aliases={len(inputs) - n + i: i for i in range(n)},
+  # Arrays [l + 1]: where a latent's pairs, or its parts, begin; the next one's beginning is their end.
+  from_0 = lambda n_l: jnp.cumsum(jnp.concatenate([jnp.zeros_like(n_l[:1]), n_l]))
+  starts = from_0(jnp.zeros(n_latents, jnp.int32).at[latents].add(1, mode='promise_in_bounds'))
+  firsts = from_0(jnp.maximum(starts[1:] - starts[:-1] - 1, 0) // MOST_PAIRS)
+  parts = jnp.arange(max(1, latents.size // MOST_PAIRS))
+  # Those that there are not belong to the last latent, and begin behind its end.
+  latent_of = jnp.repeat(jnp.arange(n_latents), firsts[1:] - firsts[:-1], total_repeat_length=parts.size)
+  part_starts = starts[latent_of] + MOST_PAIRS * (1 + parts - firsts[latent_of])
+  part_ends = jnp.minimum(part_starts + MOST_PAIRS, starts[latent_of + 1])
+
+  def call(kernel, n_rows, *inputs, aliases):
+    return pl.pallas_call(
+      functools.partial(kernel, n=n, k=k, d=d),
+      out_shape=[_like((n_rows, d), *inputs)] * n,
+      grid=(n_rows, pl.cdiv(d, ADD_COLUMNS)),
+      input_output_aliases=aliases,
       compiler_params=_warps(ADD_COLUMNS * ADD_TOKENS),
       interpret=interpret,
-      name='rows_of_gradients',
+      name=kernel.__name__.lstrip('_'),
     )(*inputs)
-  )
+
+  of_pairs = order, *(x.reshape(-1) for x in values_bk), *x_bd
+  part_sums = call(_to_parts, parts.size, part_starts, part_ends, *of_pairs, aliases={})
+  inputs = starts, firsts, *of_pairs, *part_sums, *totals_ld
+  aliases = {len(inputs) - n + i: i for i in range(n)}
+  return tuple(call(_to_row, n_latents, *inputs, aliases=aliases))
 
 
 def _of_row(x_ref, values_ref, indices_ref, *, k, c):

@@ -87,7 +87,8 @@ def test_the_largest_preactivations_are_chosen_and_are_float32(dtype):
   x_bd, encoder_ld, _, _ = arrays()
   bias_l = jnp.asarray(np.random.default_rng(2).normal(size=L), jnp.float32)
   run = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, bias_l, K, dtype))
-  values_bk, indices_bk = run(x_bd)
+  values_bk, indices_bk, again_b = run(x_bd)
+  assert dtype == 'bfloat16' or not again_b.any()
   preacts_bl = np.asarray(x_bd, np.float64) @ np.asarray(encoder_ld, np.float64).T + np.asarray(bias_l)
   expected_bk = np.argsort(-preacts_bl, axis=1)[:, :K]
   np.testing.assert_array_equal(indices_bk, expected_bk)
@@ -97,7 +98,7 @@ def test_the_largest_preactivations_are_chosen_and_are_float32(dtype):
 def check_selection(x_bd, encoder_ld, k=8):
   """Checks what is chosen in bfloat16 by that of float64, but for what float32 may take for equal; returns both."""
   run = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, jnp.zeros(len(encoder_ld)), k, 'bfloat16'))
-  values_bk, indices_bk = run(jnp.asarray(x_bd, jnp.float32))
+  values_bk, indices_bk, _ = run(jnp.asarray(x_bd, jnp.float32))
   preacts_bl = np.asarray(x_bd, np.float64) @ np.asarray(encoder_ld, np.float64).T
   expected_bk = np.argsort(-preacts_bl, axis=1, kind='stable')[:, :k]
   preacts_bk, expected_preacts_bk = (
@@ -151,9 +152,9 @@ def test_a_bias_that_takes_digits_of_what_is_compared_proves_nothing():
   # What is left out is rounded to 1/2, and with the bias to 0, as the candidates before it; in float32 it comes to 1.
   encoder_ld = np.concatenate([np.full(n_half, 0.5), np.full(40, 0.5015), [1.0, 5.0]])[:, None].astype(np.float32)
   x_bd, bias_l = jnp.ones((4, 1)), jnp.full(len(encoder_ld), bias)
-  values_bk, indices_bk = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, bias_l, k, 'bfloat16'))(
-    x_bd
-  )
+  select = jax.jit(lambda x_bd: kernels.select_topk(SPARSE, x_bd, encoder_ld, bias_l, k, 'bfloat16'))
+  values_bk, indices_bk, again_b = select(x_bd)
+  assert again_b.all()
   np.testing.assert_array_equal(values_bk, [[bias + 5, bias + 1]] * 4)
   np.testing.assert_array_equal(indices_bk, [[len(encoder_ld) - 1, n_half]] * 4)
 
@@ -228,10 +229,12 @@ def test_on_a_gpu_pallas_kernels_are_tried_and_only_right_ones_used(monkeypatch,
     tried.clear()
     changed = kernels.KERNELS['sparse']._replace(error_and_dot=error_and_dot)
     monkeypatch.setitem(kernels.KERNELS, 'pallas', changed)
+    kernels.check.cache_clear()
     kernels.fastest.__wrapped__(L, D, 4)
     assert ('pallas' in tried[0]) == (words is None)
     assert len(tried) == (2 if words is None else 1)  # choosing latents is timed for them alone
     assert caplog.text == '' if words is None else words in caplog.text
+  kernels.check.cache_clear()
 
 
 @pytest.mark.parametrize(('fastest', 'known'), [('fastest', kernels.KERNELS), ('fastest_dtype', kernels.DTYPES)])

@@ -1,7 +1,5 @@
 """The losses and gradients of the sharded, sparse training pass are those of the dense formulas in float64."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,12 +53,12 @@ def dense_loss(params, x_bd, target_bd, dead_l, levels, auxk, auxk_coef):
   return total
 
 
-def ours(mesh, clock, objective, params=PARAMS, target=X, row_scale=None):
+def ours(mesh, clock, objective, params=PARAMS, target=X, row_scale=None, x=X):
   with jax.set_mesh(sharding.make_mesh(*mesh)):
     dims = {'encoder': 'latent d', 'decoder': 'latent d', 'latent_bias': 'latent', 'skip': 'd d'}
     placed = {name: sharding.place(value.astype(np.float32), dims.get(name, 'd')) for name, value in params.items()}
     model = sae.SparseAutoencoder(**placed, activation=TopK(K))
-    metrics, clock, grads = jax.jit(objective.loss_and_grads)(model, X, target, clock, MSE_SCALE, 0, row_scale)
+    metrics, clock, grads = jax.jit(objective.loss_and_grads)(model, x, target, clock, MSE_SCALE, 0, row_scale)
     return metrics, np.asarray(clock), {name: np.asarray(getattr(grads, name)[...]) for name in params}
 
 
@@ -138,9 +136,9 @@ def test_auxk_reaches_the_encoder_of_dead_latents_and_only_theirs():
     assert np.delete(rows, SILENT[:3]).max() < 1e-7
 
 
-def test_auxk_of_one_token_is_nothing_and_no_nan(monkeypatch):
-  monkeypatch.setattr(sys.modules[__name__], 'X', X[:1])
-  metrics, _, grads = ours((1, 1), CLOCKS['many'], losses.TopK(TOPK, auxk=8, dead_tokens=DEAD), target=X[:1])
+def test_auxk_of_one_token_is_nothing_and_no_nan():
+  recipe = losses.TopK(TOPK, auxk=8, dead_tokens=DEAD)
+  metrics, _, grads = ours((1, 1), CLOCKS['many'], recipe, target=X[:1], x=X[:1])
   assert metrics['auxk'] == 0
   assert all(np.isfinite(grad).all() for grad in grads.values())
 
@@ -153,6 +151,24 @@ def test_auxk_a_block_of_tokens_at_a_time_is_that_of_all(mesh, monkeypatch):
     loss, expected_grads = expected(PARAMS, X, new_clock, TOPK)
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
     check(grads, expected_grads)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 1), (2, 4)], ids=str)
+def test_tokens_that_were_chosen_again_are_counted(shape):
+  near = np.array(X)
+  near[3:8] = PARAMS['pre_bias']  # nothing is left of them to tell latents apart by
+  chosen_in = lambda dtype: losses.TopK(TOPK, auxk=0, dtype=dtype)
+  encoder_ld, bias_l, pre_bias_d = (
+    jnp.asarray(PARAMS[name], jnp.float32) for name in ('encoder', 'latent_bias', 'pre_bias')
+  )
+  again = [
+    kernels.select_topk(kernels.KERNELS['sparse'], near - pre_bias_d, encoder_ld[own], bias_l[own], K, 'bfloat16')[2]
+    for own in np.split(np.arange(L), shape[1])
+  ]
+  metrics, *_ = ours(shape, CLOCKS['none'], chosen_in('bfloat16'), target=near, x=near)
+  assert 5 / B <= np.mean(again) < 1
+  np.testing.assert_allclose(metrics['chosen_again'], np.mean(again), rtol=1e-6)
+  assert 'chosen_again' not in ours(shape, CLOCKS['none'], chosen_in('float32'), target=near, x=near)[0]
 
 
 def test_auxk_allocates_a_block_of_tokens():

@@ -57,6 +57,21 @@ def test_what_tokens_write_to_rows(interpreted, b, d, n, k):
   np.testing.assert_allclose(out_ld[1], 2 * w_ld - 3 * added_ld, **TOLERANCE)
 
 
+@pytest.mark.parametrize('counts', [(64,), (0, 17, 0, 31, 16), (16, 32, 16), (7, 1, 0), (1, 0, 200, 0, 3)], ids=str)
+def test_what_many_tokens_write_to_a_row_is_summed_in_parts(monkeypatch, interpreted, counts):
+  """Rows of no pairs, of whole parts of 16 and of more, the last row among them."""
+  monkeypatch.setattr(pallas_kernels, 'MOST_PAIRS', 16)
+  rng = np.random.default_rng(0)
+  indices_b1 = rng.permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)[:, None]
+  x_bd, w_ld = rng.normal(size=(len(indices_b1), 5)), np.ones((len(counts), 5), np.float32)
+  values_b1 = rng.normal(size=indices_b1.shape)
+  to_float32 = lambda *of: tuple(jnp.asarray(x, jnp.float32) for x in of)
+  (out_ld,) = interpreted.add_outers((w_ld,), to_float32(values_b1), to_float32(x_bd), jnp.asarray(indices_b1))
+  expected_ld = np.ones_like(w_ld, np.float64)
+  np.add.at(expected_ld, indices_b1[:, 0], values_b1 * x_bd)
+  np.testing.assert_allclose(out_ld, expected_ld, **TOLERANCE)
+
+
 @pytest.mark.parametrize(('c', 'k'), [(1, 1), (16, 16), (37, 5), (100, 99), (600, 33), (64, 1)])
 def test_the_largest_of_rows_are_those_of_xla_ties_and_all(c, k):
   rng = np.random.default_rng(0)
@@ -107,7 +122,7 @@ def test_kernels_lower_to_triton(k):
   shape = jax.ShapeDtypeStruct
   args = shape((64, k), 'float32'), shape((4096, 768), 'float32'), shape((64, k), 'int32'), shape((64, 768), 'float32')
   text = jax.jit(step).trace(*args).lower(lowering_platforms=('cuda',)).as_text()
-  assert text.count('xla.gpu.triton') == 3
+  assert text.count('xla.gpu.triton') == 4
 
 
 def test_over_a_mesh_what_is_traced_varies_as_the_batch_does():

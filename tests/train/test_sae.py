@@ -540,3 +540,14 @@ def test_what_is_fastest_is_kept_for_runs_that_go_on(one_device, activations, mo
   train_sae.run(config_of(activations, kernels='auto', compute_dtype=own_dtype), activations)
   assert used == {('dense', dtype)}
   assert next(chosen) == 'sparse'
+
+
+def test_kernels_that_do_not_work_on_this_machine_are_refused(one_device, activations, monkeypatch):
+  def check(name, n_latents, d, k):
+    raise ValueError(f"kernels '{name}' fail on this machine: no such card")
+
+  monkeypatch.setattr(train_sae.kernels, 'check', check)
+  train_sae.run(config_of(activations, kernels='pallas'), activations)  # on a CPU they are 'sorted'
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  with pytest.raises(ValueError, match=r"'pallas' fail on this machine: no such card; set sae.kernels to 'sorted'"):
+    train_sae.run(config_of(activations, kernels='pallas'), activations / 'alone')
