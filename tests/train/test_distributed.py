@@ -352,7 +352,7 @@ def trained(captured, workdir, n_processes, program=SAE, data=2, model=1, victim
   if n_processes == 1:
     return finish([start(captured, workdir, *flags, n_devices=data * model, program=program)])
   programs = [program if i in victims else SAE for i in range(2)]
-  running = start_two(captured, workdir, *flags, programs=programs)
+  running = start_two(captured, workdir, *flags, programs=programs, n_devices=data * model // 2)
   if 'SIGKILL' in program:
     running[victims[0]].wait(TIMEOUT)
     time.sleep(GRACE)
@@ -417,7 +417,7 @@ def test_killed_one_of_two_they_go_on_to_the_same_bits(captured, trained_by_two,
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes_and_on_other_meshes(captured, trained_by_two, tmp_path):
-  for n_processes, shape, program in [(2, (2, 1), stopped(9)), (1, (1, 1), stopped(7)), (2, (1, 2), SAE)]:
+  for n_processes, shape, program in [(2, (2, 1), stopped(9)), (1, (1, 1), stopped(7)), (2, (1, 4), SAE)]:
     codes, outputs = trained(captured, tmp_path, n_processes, program, *shape)
     assert codes == [0] * n_processes, outputs
     assert all('stopped: ' in output for output in outputs) == (program != SAE)
