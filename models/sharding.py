@@ -47,7 +47,7 @@ def own_mesh() -> jax.sharding.Mesh:
   if len({len(row) for row in rows}) != 1:
     raise ValueError(
       f'of a mesh of {"x".join(map(str, devices.shape))} process {jax.process_index()} holds no rectangle; choose '
-      'mesh.data x mesh.model as all devices'
+      'mesh.data x mesh.model as all devices, and mesh.model a divisor or a multiple of those of a process'
     )
   return jax.sharding.Mesh(np.array(rows), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -103,7 +103,6 @@ def check_divides(name: str, size: int, axes: str | tuple[str, ...]):
     ValueError: they do not.
   """
   if not divides(axes, size):
-    axis = axes if isinstance(axes, str) else ' x '.join(filter(is_cut, axes))
-    raise ValueError(
-      f'{name} {size} is not divisible by the {axis} axis {n_parts(axes)}; choose a multiple or shrink the axis'
-    )
+    cut = [axes] if isinstance(axes, str) else list(filter(is_cut, axes))
+    what = f'the {cut[0]} axis {n_parts(axes)}' if len(cut) == 1 else f'{n_parts(axes)}, the axes {" and ".join(cut)}'
+    raise ValueError(f'{name} {size} is not divisible by {what}; choose a multiple or shrink the axis')

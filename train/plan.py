@@ -365,9 +365,9 @@ def _way_out(found, axis, names, with_axis):
   """Returns the smallest size of an axis for which something of `names` would fit, as text, or None."""
   size = found.mesh_shape[axis]
   other = size // 2 if size % 2 == 0 else 2 * size
-  total = found.batch_size // (math.prod(found.mesh_shape.values()) // size)  # rows are cut over both axes
-  if axis == 'model':
-    total = math.gcd(total, found.settings['n_latents'])
+  # The devices, and so both axes together, divide the batch; `data` also a micro-batch, and `model` the latents.
+  also = found.batch_size // found.settings['micro_batches'] if axis == 'data' else found.settings['n_latents']
+  total = math.gcd(found.batch_size // (math.prod(found.mesh_shape.values()) // size), also)
   mesh_shape = found.mesh_shape | {axis: other}
   if total % other or math.prod(mesh_shape.values()) > jax.device_count():
     return None

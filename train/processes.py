@@ -66,6 +66,8 @@ def any_of(flag: bool) -> bool:
 def part() -> tuple[int, int]:
   """Returns which of how many equal parts of a batch is this process's: rows are cut over all devices of the mesh.
 
+  Where the mesh has the devices in another order than that of their processes, so has it the parts.
+
   Raises:
     ValueError: the processes do not hold as many devices of the ambient mesh each.
   """

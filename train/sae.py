@@ -5,7 +5,7 @@ workdir/sweep/<name>, which later stages take as a workdir: see `train.sweep`. T
 together in workdir/sae/checkpoints, written while training goes on. Batches and random keys are functions of the seed
 and the step, so the step is also the position in the data, and no buffer need be saved: killed at any moment and run
 again, training ends with the same numbers, to the last bit on the same mesh, and up to rounding on another mesh or with
-another number of processes.
+another number of processes (but for what is taken of micro-batches, which are of other tokens there).
 """
 
 import collections
@@ -101,8 +101,13 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
     # Every process runs the model on its own devices: processes capture at different times, and wait for none.
     n_processes = processes.part()[1]
     with jax.set_mesh(sharding.own_mesh()):
-      n_rows = sharding.n_parts('data')
-      n_examples = n_rows * max(1, config.capture.batch_size // (n_processes * n_rows))
+      n_rows = n_processes * sharding.n_parts('data')
+      if config.capture.batch_size % n_rows:
+        raise ValueError(
+          f'capture.batch_size {config.capture.batch_size} is not divisible by {n_rows}, what {n_processes} processes '
+          'have of the data axis, each on its own devices; choose a multiple'
+        )
+      n_examples = config.capture.batch_size // n_processes
       subject = command.subject(config, workdir)
       windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
       windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
@@ -149,7 +154,7 @@ def _settle_kernels(settings, members, widths, path):
     path: of the file that keeps the choice for runs that go on.
 
   Raises:
-    ValueError: kernels that are not XLA's do not work on this machine.
+    ValueError: kernels that are not XLA's do not work on the first device.
   """
   n_shards = jax.sharding.get_mesh().shape['model']
   own = [member for member in members if recipes.AUTO in member.plan.settings.values()]
@@ -159,6 +164,20 @@ def _settle_kernels(settings, members, widths, path):
     recipes.most_chosen(member.plan.settings),
   )
 
+  def on_first_device(run):
+    with jax.set_mesh(sharding.make_mesh()):
+      return run()
+
+  def try_out(of, way_out):
+    if jax.default_backend() != 'gpu':  # elsewhere all are XLA's
+      return
+    for member in of:
+      if member.plan.settings.get('kernels') == 'pallas':
+        try:
+          kernels.check('pallas', *sizes(member))
+        except ValueError as e:
+          raise ValueError(f'{e}; {way_out}') from e
+
   def measure(member):
     measured = {'kernels': kernels.fastest, 'compute_dtype': kernels.fastest_dtype}
     return {
@@ -166,28 +185,18 @@ def _settle_kernels(settings, members, widths, path):
     }
 
   def choose():
+    try_out(members, "set sae.kernels to 'sorted', in another --workdir")
     if own and not path.exists():
       store.write_json(path, {member.name: measure(member) for member in own})
     return json.loads(path.read_text('utf-8')) if own else {}
 
-  def check():
-    for member in members:
-      if jax.default_backend() == 'gpu' and member.plan.settings.get('kernels') == 'pallas':
-        kernels.check('pallas', *sizes(member))
-
-  def on_one_device(run):
-    with jax.set_mesh(sharding.make_mesh()):
-      return run()
-
-  chosen = processes.on_first(lambda: on_one_device(choose))
+  chosen = processes.on_first(lambda: on_first_device(choose))
   n_steps = math.ceil(settings.tokens / settings.batch_size)
   for member in own:
     settled = {**member.settings.to_dict(), **chosen[member.name]}
     member.plan = recipes.plan(settled, n_steps, member.target_site is not None)
-  try:
-    processes.on_first(lambda: on_one_device(check))
-  except ValueError as e:
-    raise ValueError(f"{e}; set sae.kernels to 'sorted' or, if {path} has them of another machine, delete it") from e
+  way_out = f'delete {path}, to measure anew; sums then differ in their order'
+  processes.on_first(lambda: on_first_device(lambda: try_out(own, way_out)))
 
 
 def _watching(settings, field):

@@ -1,8 +1,8 @@
 """The recipe of Gao et al. 2024 on sharded latents: TopK or Multi-TopK with AuxK, metrics, gradients and dead clock.
 
 The gradients are written out, on the few latents that win and never on [batch, latent], in one shard_map: tokens are
-cut over `data`, latents over `model`; between shards travel the top-k candidates, the reconstructions and the
-gradients.
+cut over `data`, latents over `model`; between shards travel the tokens, the top-k candidates, the reconstructions and
+the gradients.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ class TopK:
     """
     specs = partition_specs(sae)
     axes = ('data', 'model') if sharding.is_cut('data') else ('model',)
-    batch_spec = micro_batches.rows_spec(len(x_bd), n_parts, axes)
+    batch_spec = micro_batches.rows_spec(len(x_bd), axes)
     run = jax.shard_map(
       functools.partial(_loss_and_grads, self, n_parts),
       in_specs=(specs, batch_spec, batch_spec, P('model'), P(), P() if row_scale_l is None else P('model')),

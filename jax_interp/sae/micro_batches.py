@@ -19,8 +19,9 @@ class MicroBatched:
   """A recipe that takes another's gradients over n parts of every batch, and their mean.
 
   The loss is the other's, if that is a mean over tokens. What a recipe takes from a whole batch it takes from a part:
-  the variance that AuxK is divided by, and the tokens that share the latents of BatchTopK. The dead clock goes on from
-  part to part. However many parts, devices add their gradients once.
+  the variance that AuxK is divided by, and the tokens that share the latents of BatchTopK. A part is as many
+  neighbouring tokens of every row of the mesh: which these are depends on `data`, and not on `model`. The dead clock
+  goes on from part to part. However many parts, devices add their gradients once.
 
   Attributes:
     recipe: the other.
@@ -55,13 +56,13 @@ class MicroBatched:
     return self.recipe.loss_and_grads(sae, *batch, mse_scale, step, *row_scale_l, n_parts=self.n)
 
 
-def rows_spec(n_rows: int, n_parts: int = 1, axes: tuple[str, ...] = ('data', 'model')) -> P:
+def rows_spec(n_rows: int, axes: tuple[str, ...] = ('data', 'model')) -> P:
   """Returns how the rows of a batch come into a map over these axes that calls `over_parts`.
 
-  Each is on one device, if a part can be cut so: the devices of a row of the mesh, which all need them, normalise each
-  its own and gather them a part at a time, and a host need only send each row once.
+  Each is on one device, if all devices divide them: those of a row of the mesh, which all need them, normalise each its
+  own and send them to each other a part at a time, and a host need only send each row once.
   """
-  if sharding.is_cut('model') and sharding.divides(axes, n_rows // n_parts):
+  if sharding.is_cut('model') and sharding.divides(axes, n_rows):
     return P(axes)
   return P(tuple(axis for axis in axes if axis != 'model'))
 
@@ -75,39 +76,46 @@ def over_parts(
 ) -> tuple[dict[str, jax.Array], jax.Array, object]:
   """Returns metrics, the dead clock and gradients of the tokens of this device's row of the mesh, inside a map.
 
-  Tokens that are cut over `model` too are gathered, a part at a time. Metrics and gradients are the means over n parts,
-  but for how many latents are dead after the last one.
+  Tokens that are cut over `model` too are sent to all devices of the row, a part at a time. The parts are neighbouring
+  tokens of the row, however they are cut. Metrics and gradients are the means over n parts, but for how many latents
+  are dead after the last one.
 
   Args:
     of_part: the dead clock, x and targets of a part to its metrics, the dead clock after it, and a pytree of gradients.
     n: how many parts.
     tokens_since_fired_l: the dead clock before the batch.
     x_bd: tokens, cut as `rows_spec` says.
-    target_bd: what is reconstructed, cut alike; None if it is x_bd, which is then gathered once.
+    target_bd: what is reconstructed, cut alike; None if it is x_bd, which is then sent once.
   """
 
-  def gathered(tokens_since_fired_l, x_bd, target_bd):
-    x_bd = _gathered(x_bd)
-    return of_part(tokens_since_fired_l, x_bd, x_bd if target_bd is None else _gathered(target_bd))
+  def of(tokens_since_fired_l, i):
+    x, target = (None if a is None else _part(a, i, n) for a in (x_bd, target_bd))
+    return of_part(tokens_since_fired_l, x, x if target is None else target)
 
   if n == 1:
-    return gathered(tokens_since_fired_l, x_bd, target_bd)
-  parts = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), (x_bd, target_bd))
+    return of(tokens_since_fired_l, 0)
 
-  def add(carry, part):
+  def add(carry, i):
     total, clock_l = carry
-    metrics, clock_l, grads = gathered(clock_l, *part)
+    metrics, clock_l, grads = of(clock_l, i)
     return (jax.tree.map(jnp.add, total, grads), clock_l), metrics
 
   # Never computed, only what zeros are made like: they vary over the same axes of the mesh.
-  *_, like = gathered(tokens_since_fired_l, *jax.tree.map(lambda a: a[0], parts))
+  *_, like = of(tokens_since_fired_l, 0)
   zeros = jax.tree.map(jnp.zeros_like, like)
-  (total, tokens_since_fired_l), metrics = jax.lax.scan(add, (zeros, tokens_since_fired_l), parts)
+  (total, tokens_since_fired_l), metrics = jax.lax.scan(add, (zeros, tokens_since_fired_l), jnp.arange(n))
   metrics = {name: x_n[-1] if name == 'dead' else x_n.mean(0) for name, x_n in metrics.items()}
   return metrics, tokens_since_fired_l, jax.tree.map(lambda grad: grad / n, total)
 
 
-def _gathered(x_bd):
-  """Returns the rows of all devices of this one's row of the mesh, where they are cut over `model`."""
-  cut = 'model' in jax.typeof(x_bd).manual_axis_type.varying
-  return jax.lax.all_gather(x_bd, 'model', tiled=True, to='invarying') if cut else x_bd
+def _part(x_bd, i, n):
+  """Returns the i-th of n parts of the tokens of this device's row of the mesh, of which x_bd are this device's."""
+  if 'model' not in jax.typeof(x_bd).manual_axis_type.varying:
+    return x_bd if n == 1 else jax.lax.dynamic_index_in_dim(x_bd.reshape(n, -1, x_bd.shape[1]), i, keepdims=False)
+  if n == 1:
+    return jax.lax.all_gather(x_bd, 'model', tiled=True, to='invarying')
+  # A part may be of some devices' tokens, or of some of one device's: each gives what it has, and zeros.
+  size = len(x_bd) * jax.lax.axis_size('model') // n
+  places = i * size + jnp.arange(size) - jax.lax.axis_index('model') * len(x_bd)
+  own_bd = x_bd.at[jnp.where(places < 0, len(x_bd), places)].get(mode='fill', fill_value=0)
+  return jax.lax.psum(own_bd, 'model')

@@ -55,9 +55,9 @@ def test_parts_train_as_the_whole(shape, recipe):
 
 @pytest.mark.parametrize('kind', PER_PART)
 def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
-  recipe, n, n_devices = PER_PART[kind], 4, mesh.devices.size
-  # Of every device's rows, the first quarter is the first part.
-  rows_n = np.arange(B).reshape(n_devices, n, -1).swapaxes(0, 1).reshape(n, -1)
+  recipe, n, n_shards = PER_PART[kind], 4, mesh.shape['data']
+  # Of the rows of every index along `data`, the first quarter is the first part.
+  rows_n = np.arange(B).reshape(n_shards, n, -1).swapaxes(0, 1).reshape(n, -1)
   model, target_bd, row_scale = sae.init_sae(jax.random.key(0), ACTS[0], L, K), ACTS[0], ()
   if kind == 'jumprelu':
     model = sae.with_activation(model, JumpReLUActivation(np.full(L, 0.5, 'f')))
@@ -86,6 +86,30 @@ def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
     expected_of['grad_norm'] = squares**0.5  # not the mean of the parts'
   for name, value in metrics.items():
     np.testing.assert_allclose(value, expected_of[name], rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('kind', ['topk', 'skip', 'batch_topk'])
+def test_parts_are_the_same_tokens_however_many_shards(kind):
+  """Parts of a half, and of less than what a device has, or of a few devices, or of none wholly."""
+  recipe, clock = PER_PART[kind], np.where(np.arange(L) < 40, DEAD, 0).astype(np.int32)
+  for n in (2, 4, 16, 32):
+    results = []
+    for shape in [(1, 1), (1, 4), (1, 8)]:
+      with jax.set_mesh(sharding.make_mesh(*shape)):
+        model, target_bd = sae.init_sae(jax.random.key(0), ACTS[0], L, K), ACTS[0]
+        if kind == 'skip':
+          model, target_bd = sae.as_transcoder(jax.random.key(1), model, ACTS[1], skip=True), ACTS[1]
+        run = jax.jit(MicroBatched(recipe, n).loss_and_grads)
+        metrics, clock_l, grads = run(model, ACTS[0], target_bd, clock, 0.3, 5)
+        grads = {name: np.asarray(grad[...]) for name, grad in sae.named_parameters(grads).items()}
+        results.append((jax.device_get(metrics), np.asarray(clock_l), grads))
+    (metrics, clock_l, grads), *others = results
+    for other_metrics, other_clock_l, other_grads in others:
+      np.testing.assert_array_equal(other_clock_l, clock_l)
+      for name, value in metrics.items():
+        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
+      for name, grad in grads.items():
+        np.testing.assert_allclose(other_grads[name], grad, atol=2e-6 * np.abs(grad).max(), err_msg=name)
 
 
 def test_parts_are_smaller_than_the_whole():

@@ -549,5 +549,12 @@ def test_kernels_that_do_not_work_on_this_machine_are_refused(one_device, activa
   monkeypatch.setattr(train_sae.kernels, 'check', check)
   train_sae.run(config_of(activations, kernels='pallas'), activations)  # on a CPU they are 'sorted'
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  with pytest.raises(ValueError, match=r"'pallas' fail on this machine: no such card; set sae.kernels to 'sorted'"):
+  with pytest.raises(ValueError, match=r"no such card; set sae.kernels to 'sorted', in another --workdir"):
     train_sae.run(config_of(activations, kernels='pallas'), activations / 'alone')
+  assert not (activations / 'alone' / 'sae' / 'fastest.json').exists()
+  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k: 'pallas')
+  with pytest.raises(ValueError, match=r'no such card; delete .*stopped/sae/fastest.json, to measure anew'):
+    train_sae.run(config_of(activations, kernels='auto'), activations / 'stopped')
+  (activations / 'stopped' / 'sae' / 'fastest.json').unlink()
+  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k: 'sparse')
+  train_sae.run(config_of(activations, kernels='auto'), activations / 'stopped')
