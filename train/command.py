@@ -68,7 +68,7 @@ def _parse_flags(argv):
     if _CONFIG.value is None:
       raise ValueError('no config; give --config=configs/tiny.py or another file of configs/')
   except (AttributeError, KeyError) as e:
-    sys.exit(f'error: unknown config field {sentence(e)}')
+    sys.exit(f'error: unknown config field {sentence(e)} (a flag sets what the file of --config has; add others there)')
   except (flags.Error, TypeError, ValueError, OSError) as e:
     sys.exit(f'error: {sentence(e)}')
   logging.set_verbosity(logging.WARNING)

@@ -436,7 +436,8 @@ def check(name: str, n_latents: int, d: int, k: int):
     apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)), found, expected)
     return jnp.max(jnp.stack(jax.tree.leaves(apart)))
 
-  logging.info("trying kernels '%s'; should that end this process, set sae.kernels to another than these", name)
+  # A warning, as commands show no less.
+  logging.warning("trying kernels '%s'; should that end this process, set sae.kernels to another than these", name)
   try:
     apart = max(float(distance(dtype, *_probe(n_latents, d))) for dtype in DTYPES)
   except Exception as e:  # whatever a compiler or a card says of these kernels, there are others

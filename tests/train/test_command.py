@@ -29,6 +29,7 @@ def _run(*args, code=None, **env):
   ('flags', 'message'),
   [
     ([TINY, '--config.lm.n_layers=3'], 'unknown config field \'n_layers\' Did you mean "n_layer" instead'),
+    ([TINY, '--config.sae.micro_batches=2'], 'add others there'),
     ([TINY, '--config.lm.n_layer=three'], '--config.lm.n_layer=three: invalid literal for int()'),
     ([], 'no config; give --config=configs/tiny.py'),
     (['--config=configs/nowhere.py'], 'configs/nowhere.py'),
