@@ -409,7 +409,7 @@ def _probe(n_latents, d):
   """Returns x_bd, w_ld and bias_l: random but for the first latent, which every token has, as some of trained SAEs."""
   rng = np.random.default_rng(0)
   x_bd, w_ld = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
-  return x_bd, w_ld, jnp.zeros(n_latents).at[0].set(8 * d**0.5)  # standard deviations of pre-activations
+  return x_bd, w_ld, jnp.zeros(n_latents).at[0].set(8 * d**0.5)  # 8 standard deviations of pre-activations
 
 
 def _update(kernels, x_bd, w_ld, values_bk, indices_bk):
