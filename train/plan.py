@@ -157,7 +157,7 @@ def lower(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> tuple:
   n_all_steps = math.ceil(settings.tokens / settings.batch_size)
   planned = recipes.plan(settings, n_all_steps, len(widths) == 2)
   state, n_steps = abstract_state(planned, widths), min(settings.steps_per_dispatch, n_all_steps)
-  sharding.check_divides('sae.batch_size', settings.batch_size, sharding.AXES['row'])
+  train_sae.check_batch(settings.batch_size, planned.settings['micro_batches'])
   by_token = sharding.spec('step row d_model')
   batch = [_abstract((n_steps, settings.batch_size, width), config.capture.dtype, by_token) for width in widths]
   acts_sbd, *targets = batch
@@ -365,9 +365,11 @@ def _way_out(found, axis, names, with_axis):
   """Returns the smallest size of an axis for which something of `names` would fit, as text, or None."""
   size = found.mesh_shape[axis]
   other = size // 2 if size % 2 == 0 else 2 * size
-  # The devices, and so both axes together, divide the batch; `data` also a micro-batch, and `model` the latents.
-  also = found.batch_size // found.settings['micro_batches'] if axis == 'data' else found.settings['n_latents']
-  total = math.gcd(found.batch_size // (math.prod(found.mesh_shape.values()) // size), also)
+  # The devices, and so both axes together, divide a micro-batch; `model` also the latents.
+  micro_batch = found.batch_size // found.settings['micro_batches']
+  total = micro_batch // (math.prod(found.mesh_shape.values()) // size)
+  if axis == 'model':
+    total = math.gcd(total, found.settings['n_latents'])
   mesh_shape = found.mesh_shape | {axis: other}
   if total % other or math.prod(mesh_shape.values()) > jax.device_count():
     return None

@@ -5,7 +5,7 @@ workdir/sweep/<name>, which later stages take as a workdir: see `train.sweep`. T
 together in workdir/sae/checkpoints, written while training goes on. Batches and random keys are functions of the seed
 and the step, so the step is also the position in the data, and no buffer need be saved: killed at any moment and run
 again, training ends with the same numbers, to the last bit on the same mesh, and up to rounding on another mesh or with
-another number of processes (but for what is taken of micro-batches, which are of other tokens there).
+another number of processes.
 """
 
 import collections
@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_interp import activations, store, text
-from jax_interp.sae import kernels, train_step
+from jax_interp.sae import kernels, micro_batches, train_step
 from models import sae, sharding
 from train import capture, command, dashboards, processes, recipes, sweep, throughput, windows
 
@@ -90,7 +90,10 @@ def load(config, workdir) -> sae.SparseAutoencoder:
 
 
 def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
-  """Returns `batches(step, part)`, which yields {site: activations [b, d]}: of all sites those of the same tokens."""
+  """Returns `batches(step, part, n)`, which yields {site: activations [b, d]}: of all sites those of the same tokens.
+
+  From a step on they are batches or, with n, the n parts of each; of every one of them only this process's part.
+  """
   settings = config.sae
   if settings.source == 'store':
     saved = capture.open_store(config, workdir)
@@ -114,10 +117,10 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
       readers = activations.live_readers(subject.model, windows_et, sites, n_examples, config.capture.dtype)
     keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
 
-  def batches(step, part=(0, 1)):
+  def batches(step, part=(0, 1), n=1):
     found = [
       activations.shuffled_batches(
-        read, keep_et, settings.batch_size, settings.buffer_examples, config.seed, step, part
+        read, keep_et, settings.batch_size // n, settings.buffer_examples, config.seed, step * n, part
       )
       for read in readers.values()
     ]
@@ -135,13 +138,28 @@ def _members(config, workdir) -> list[_Member]:
     raise ValueError(
       f'sae.checkpoints {settings.checkpoints} is less than 2: only the step after it tells that the last one is good'
     )
-  sharding.check_divides('sae.batch_size', settings.batch_size, sharding.AXES['row'])
   n_steps = math.ceil(settings.tokens / settings.batch_size)
   found = []
   for name, own in sweep.members(config).items():
     plan = recipes.plan(own, n_steps, bool(own.get('target_site')))
     found.append(_Member(name, own, plan, sweep.folder(workdir, name) / 'sae'))
+  check_batch(settings.batch_size, _n_parts(found))
   return found
+
+
+def check_batch(batch_size: int, micro_batches: int):
+  """Raises unless all devices of the mesh together divide the batch's micro-batches.
+
+  Raises:
+    ValueError: they do not.
+  """
+  what = 'sae.batch_size' if micro_batches == 1 else f'a micro-batch, sae.batch_size / {micro_batches} ='
+  sharding.check_divides(what, batch_size // micro_batches, sharding.AXES['row'])
+
+
+def _n_parts(members) -> int:
+  """Returns how many parts of a batch there are, of which each member's micro-batches are one or several."""
+  return math.lcm(*(member.plan.settings['micro_batches'] for member in members))
 
 
 def _settle_kernels(settings, members, widths, path):
@@ -248,7 +266,8 @@ def run(config, workdir):
         name = member.name or workdir.name
         shown = dashboards.writer(log_to, member.folder / log_to, name, member.settings.to_dict(), first)
         member.show = held.enter_context(shown)
-    dispatches = _dispatches(config.sae, first, batches(first, part))
+    n_parts = _n_parts(members)
+    dispatches = _dispatches(config.sae, first, n_parts, batches(first, part, n_parts))
     states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
     for member in members:
       _finish(member, states[member.name], sample[member.settings.site])
@@ -293,27 +312,28 @@ def _fresh(member, sample, key) -> train_step.TrainState:
   return train_step.init_state(plan.init(key, *samples), samples[0], plan.tx, plan.ema, *samples[1:])
 
 
-def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax.Array]]]:
+def _dispatches(settings, first, n_parts, parts) -> Iterator[tuple[range, dict[str, jax.Array]]]:
   """Yields the numbers of the steps that are dispatched together and {site: activations [step, batch, d]} on the mesh.
 
-  Another thread makes the next ones meanwhile.
+  Another thread makes the next ones meanwhile, of n_parts parts for each step.
   """
   n_steps, n_each = math.ceil(settings.tokens / settings.batch_size), settings.steps_per_dispatch
-  by_token = NamedSharding(jax.sharding.get_mesh(), sharding.spec('step row d_model'))
+  mesh = jax.sharding.get_mesh()
+  by_token = NamedSharding(mesh, sharding.spec('step row d_model'))
 
-  def place(rows):
-    acts_sbd = np.stack(rows)
-    shape = len(rows), settings.batch_size, acts_sbd.shape[-1]
+  def place(found):
+    acts_sbd = micro_batches.by_device(found, n_parts, len(mesh.local_devices))
+    shape = len(acts_sbd), settings.batch_size, acts_sbd.shape[-1]
     return jax.make_array_from_process_local_data(by_token, acts_sbd, shape)
 
   def make(step):
     if step >= n_steps:
       return None
     steps = range(step + 1, min(step + n_each, n_steps) + 1)
-    found = list(itertools.islice(batches, len(steps)))
-    return steps, {site: place([batch[site] for batch in found]) for site in found[0]}
+    found = list(itertools.islice(parts, len(steps) * n_parts))
+    return steps, {site: place([part[site] for part in found]) for site in found[0]}
 
-  with contextlib.closing(batches), concurrent.futures.ThreadPoolExecutor(1) as thread:
+  with contextlib.closing(parts), concurrent.futures.ThreadPoolExecutor(1) as thread:
     made = thread.submit(make, first)
     for step in itertools.count(first + n_each, n_each):
       if (item := made.result()) is None:

@@ -5,10 +5,11 @@ TopK keeps no more than a block of them anyway: its parts are for arrays of [bat
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from models import sharding
@@ -19,9 +20,9 @@ class MicroBatched:
   """A recipe that takes another's gradients over n parts of every batch, and their mean.
 
   The loss is the other's, if that is a mean over tokens. What a recipe takes from a whole batch it takes from a part:
-  the variance that AuxK is divided by, and the tokens that share the latents of BatchTopK. A part is as many
-  neighbouring tokens of every row of the mesh: which these are depends on `data`, and not on `model`. The dead clock
-  goes on from part to part. However many parts, devices add their gradients once.
+  the variance that AuxK is divided by, and the tokens that share the latents of BatchTopK. The i-th part is the i-th
+  n-th of the rows of every device: laid out by `by_device` it is the same tokens on every mesh. The dead clock goes on
+  from part to part. However many parts, devices add their gradients once.
 
   Attributes:
     recipe: the other.
@@ -56,8 +57,24 @@ class MicroBatched:
     return self.recipe.loss_and_grads(sae, *batch, mse_scale, step, *row_scale_l, n_parts=self.n)
 
 
+def by_device(parts: Sequence[np.ndarray], n: int, n_devices: int) -> np.ndarray:
+  """Returns batches [step, batch, d] of n parts each, in whose rows every device has its share of every part.
+
+  So a batch is to be placed for `MicroBatched` of n parts, or of a divisor of n: parts that follow each other become
+  one.
+
+  Args:
+    parts: [b, d] each, n for every step, in their order.
+    n: as said.
+    n_devices: of this process; they divide b.
+  """
+  acts_prd = np.stack([part.reshape(n_devices, -1, part.shape[-1]) for part in parts])
+  acts = acts_prd.reshape(-1, n, *acts_prd.shape[1:]).swapaxes(1, 2)  # step, device, part, row, d
+  return acts.reshape(len(acts), -1, acts.shape[-1])
+
+
 def rows_spec(n_rows: int, axes: tuple[str, ...] = ('data', 'model')) -> P:
-  """Returns how the rows of a batch come into a map over these axes that calls `over_parts`.
+  """Returns how rows come into a map over these axes that calls `over_parts`, if so many are a part.
 
   Each is on one device, if all devices divide them: those of a row of the mesh, which all need them, normalise each its
   own and send them to each other a part at a time, and a host need only send each row once.
@@ -76,9 +93,8 @@ def over_parts(
 ) -> tuple[dict[str, jax.Array], jax.Array, object]:
   """Returns metrics, the dead clock and gradients of the tokens of this device's row of the mesh, inside a map.
 
-  Tokens that are cut over `model` too are sent to all devices of the row, a part at a time. The parts are neighbouring
-  tokens of the row, however they are cut. Metrics and gradients are the means over n parts, but for how many latents
-  are dead after the last one.
+  Tokens that are cut over `model` too are sent to all devices of the row, a part at a time. Metrics and gradients are
+  the means over n parts, but for how many latents are dead after the last one.
 
   Args:
     of_part: the dead clock, x and targets of a part to its metrics, the dead clock after it, and a pytree of gradients.
@@ -110,12 +126,7 @@ def over_parts(
 
 def _part(x_bd, i, n):
   """Returns the i-th of n parts of the tokens of this device's row of the mesh, of which x_bd are this device's."""
+  own_bd = x_bd if n == 1 else jax.lax.dynamic_index_in_dim(x_bd.reshape(n, -1, x_bd.shape[1]), i, keepdims=False)
   if 'model' not in jax.typeof(x_bd).manual_axis_type.varying:
-    return x_bd if n == 1 else jax.lax.dynamic_index_in_dim(x_bd.reshape(n, -1, x_bd.shape[1]), i, keepdims=False)
-  if n == 1:
-    return jax.lax.all_gather(x_bd, 'model', tiled=True, to='invarying')
-  # A part may be of some devices' tokens, or of some of one device's: each gives what it has, and zeros.
-  size = len(x_bd) * jax.lax.axis_size('model') // n
-  places = i * size + jnp.arange(size) - jax.lax.axis_index('model') * len(x_bd)
-  own_bd = x_bd.at[jnp.where(places < 0, len(x_bd), places)].get(mode='fill', fill_value=0)
-  return jax.lax.psum(own_bd, 'model')
+    return own_bd
+  return jax.lax.all_gather(own_bd, 'model', tiled=True, to='invarying')

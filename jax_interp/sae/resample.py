@@ -16,6 +16,7 @@ from models import sharding
 from models.sae import SparseAutoencoder, named_parameters, unit_rows
 
 ENCODER_NORM = 0.2  # of a fresh encoder row, relative to the living ones' mean
+ORDERED_BY = 4  # coordinates of an input; inputs that agree in all are as good as the same
 
 
 @functools.partial(jax.jit, static_argnames=('dead_tokens', 'exponent'), donate_argnames=('sae', 'opt'))
@@ -40,7 +41,7 @@ def resample(
     opt: donated; of `optimizer.adam`.
     tokens_since_fired_l: the dead clock.
     acts_bd: raw activations to draw from.
-    key: of the draws, which do not depend on the mesh.
+    key: of the draws, which depend on neither the mesh nor the order of the activations.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
     exponent: 2 is a probability in proportion to the square of the loss, as in the paper.
   """
@@ -49,8 +50,10 @@ def resample(
   latents_bl = sae.activation(x_bd @ sae.encoder[...].T, sae.latent_bias[...])
   loss_b = jnp.sum((latents_bl @ sae.decoder[...] - x_bd) ** 2, axis=1)
   log_odds_b = exponent * jnp.log(jnp.maximum(loss_b, jnp.finfo(jnp.float32).tiny))
+  # The inputs are drawn in an order of their own: that of the batch depends on the mesh and the number of processes.
+  order_b = jnp.lexsort([column_b.astype(jnp.float32) for column_b in acts_bd[:, :ORDERED_BY].T])
   # Not random.categorical, which makes noise of [latent, batch].
-  drawn_l = jax.random.choice(key, len(x_bd), dead_l.shape, p=jax.nn.softmax(log_odds_b))
+  drawn_l = order_b[jax.random.choice(key, len(x_bd), dead_l.shape, p=jax.nn.softmax(log_odds_b[order_b]))]
   rows_ld = sharding.constrain(unit_rows(x_bd + jnp.finfo(jnp.float32).tiny)[drawn_l], 'latent d_model')
   norms_l = jnp.linalg.norm(sae.encoder[...], axis=1)
   n_alive = jnp.sum(~dead_l)

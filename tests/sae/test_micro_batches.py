@@ -1,5 +1,7 @@
 """A batch in parts has the loss, gradients and dead clock of the whole, where the loss is a mean over tokens."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from jax_interp.sae import hlo, losses, optimizer, train_step
 from jax_interp.sae.batch_topk import BatchTopK
 from jax_interp.sae.gated import Gated
 from jax_interp.sae.jumprelu import JumpReLU
-from jax_interp.sae.micro_batches import MicroBatched
+from jax_interp.sae.micro_batches import MicroBatched, by_device
 from models import sae, sharding
 from models.activation_functions import Gated as GatedActivation
 from models.activation_functions import JumpReLU as JumpReLUActivation
@@ -55,9 +57,8 @@ def test_parts_train_as_the_whole(shape, recipe):
 
 @pytest.mark.parametrize('kind', PER_PART)
 def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
-  recipe, n, n_shards = PER_PART[kind], 4, mesh.shape['data']
-  # Of the rows of every index along `data`, the first quarter is the first part.
-  rows_n = np.arange(B).reshape(n_shards, n, -1).swapaxes(0, 1).reshape(n, -1)
+  recipe, n = PER_PART[kind], 4
+  rows_n = np.arange(B).reshape(mesh.size, n, -1).swapaxes(0, 1).reshape(n, -1)  # a quarter of each device's
   model, target_bd, row_scale = sae.init_sae(jax.random.key(0), ACTS[0], L, K), ACTS[0], ()
   if kind == 'jumprelu':
     model = sae.with_activation(model, JumpReLUActivation(np.full(L, 0.5, 'f')))
@@ -88,28 +89,43 @@ def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
     np.testing.assert_allclose(value, expected_of[name], rtol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('kind', ['topk', 'skip', 'batch_topk'])
-def test_parts_are_the_same_tokens_however_many_shards(kind):
-  """Parts of a half, and of less than what a device has, or of a few devices, or of none wholly."""
-  recipe, clock = PER_PART[kind], np.where(np.arange(L) < 40, DEAD, 0).astype(np.int32)
-  for n in (2, 4, 16, 32):
-    results = []
-    for shape in [(1, 1), (1, 4), (1, 8)]:
-      with jax.set_mesh(sharding.make_mesh(*shape)):
-        model, target_bd = sae.init_sae(jax.random.key(0), ACTS[0], L, K), ACTS[0]
-        if kind == 'skip':
-          model, target_bd = sae.as_transcoder(jax.random.key(1), model, ACTS[1], skip=True), ACTS[1]
-        run = jax.jit(MicroBatched(recipe, n).loss_and_grads)
-        metrics, clock_l, grads = run(model, ACTS[0], target_bd, clock, 0.3, 5)
-        grads = {name: np.asarray(grad[...]) for name, grad in sae.named_parameters(grads).items()}
-        results.append((jax.device_get(metrics), np.asarray(clock_l), grads))
-    (metrics, clock_l, grads), *others = results
-    for other_metrics, other_clock_l, other_grads in others:
-      np.testing.assert_array_equal(other_clock_l, clock_l)
-      for name, value in metrics.items():
-        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
-      for name, grad in grads.items():
-        np.testing.assert_allclose(other_grads[name], grad, atol=2e-6 * np.abs(grad).max(), err_msg=name)
+@pytest.mark.parametrize('kind', PER_PART)
+def test_parts_are_the_same_tokens_on_every_mesh(kind):
+  """Laid out for so many parts, or for twice as many."""
+  recipe, clock, results = PER_PART[kind], np.where(np.arange(L) < 40, DEAD, 0).astype(np.int32), []
+  for n_laid_out, shape in [(4, (1, 1)), (4, (2, 1)), (4, (1, 4)), (8, (2, 4)), (8, (1, 8))]:
+    with jax.set_mesh(sharding.make_mesh(*shape)):
+      x_bd, target_bd = (
+        by_device(np.split(acts_bd, n_laid_out), n_laid_out, math.prod(shape))[0] for acts_bd in ACTS[:2]
+      )
+      model = sae.init_sae(jax.random.key(0), ACTS[0], L, K)
+      if kind == 'jumprelu':
+        model = sae.with_activation(model, JumpReLUActivation(np.full(L, 0.5, 'f')))
+      if kind == 'skip':
+        model = sae.as_transcoder(jax.random.key(1), model, ACTS[1], skip=True)
+      run = jax.jit(MicroBatched(recipe, 4).loss_and_grads)
+      found = run(model, x_bd, target_bd if kind == 'skip' else x_bd, clock, 0.3, 5)
+      metrics, clock_l, grads = jax.device_get((*found[:2], sae.named_parameters(found[2])))
+      results.append((metrics, clock_l, grads))
+  (metrics, clock_l, grads), *others = results
+  for other_metrics, other_clock_l, other_grads in others:
+    np.testing.assert_array_equal(other_clock_l, clock_l)
+    for name, value in metrics.items():
+      np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
+    for name, grad in grads.items():
+      np.testing.assert_allclose(other_grads[name], grad, atol=2e-6 * np.abs(grad).max(), err_msg=name)
+
+
+def test_rows_are_laid_out_so_that_parts_stay_together():
+  """Of three steps of four parts on two devices; the first two parts are one of two."""
+  acts_sbd = np.arange(3 * B * D).reshape(3, B, D)
+  parts = acts_sbd.reshape(12, B // 4, D)
+  found_sbd = by_device(parts, 4, 2)
+  for n in (2, 4):
+    for found_bd, acts_bd in zip(found_sbd, acts_sbd, strict=True):
+      of_devices = [np.split(rows, n) for rows in np.split(found_bd, 2)]
+      for own, expected in zip(zip(*of_devices, strict=True), np.split(acts_bd, n), strict=True):
+        np.testing.assert_array_equal(np.sort(np.concatenate(own), axis=0), expected)
 
 
 def test_parts_are_smaller_than_the_whole():

@@ -328,7 +328,20 @@ def captured(subject, tmp_path_factory):
     'warmup_steps': 2,
     'adam_eps': 1e-8,
     'ema': 0.9,
-    'sweep': ({'name': 'first'}, {'name': 'second', 'site': 'h.0.resid.post_mlp', 'recipe': 'relu', 'l1_coef': 0.1}),
+    # Parts of a batch have to be of the same tokens, and resampling draw the same, however processes share them.
+    'sweep': (
+      {'name': 'first', 'micro_batches': 4},
+      {
+        'name': 'second',
+        'site': 'h.0.resid.post_mlp',
+        'recipe': 'relu',
+        'l1_coef': 0.1,
+        'micro_batches': 16,
+        'resample_every': 8,
+        'dead_tokens': 1,  # some latents are off for the last part of 4 tokens
+        'ema': 0.0,
+      },
+    ),
     'steps_per_dispatch': 1,
     'checkpoint_every': 3,
     'log_every': 1,
@@ -391,6 +404,7 @@ def test_together_two_processes_train_what_one_does(captured, trained_by_two, tm
   codes, outputs = trained(captured, tmp_path / 'one', 1)
   assert codes == [0], outputs
   assert_close(tmp_path / 'one', trained_by_two)
+  assert curves(trained_by_two)['second'][7]['dead'] > 0  # which are resampled
   codes, outputs = trained(captured, trained_by_two, 2)
   assert codes == [0, 0], outputs
   assert 'is done already' in outputs[0]

@@ -151,6 +151,8 @@ def test_latents_that_the_mesh_does_not_divide_are_refused():
     _on(1, 3, _config())
   with pytest.raises(ValueError, match=r'sae.batch_size 96 is not divisible by the data axis 5'):
     _on(5, 1, _config())
+  with pytest.raises(ValueError, match=r'a micro-batch, sae.batch_size / 16 = 6 is not divisible by 4, the axes data'):
+    _on(2, 2, _config(micro_batches=16))
 
 
 def _memories(monkeypatch, **bytes_of):
