@@ -5,9 +5,11 @@ import os
 import shutil
 import tempfile
 
-# Nearly all of the time is compiling small programs, which is twice as fast without the back end's optimisations.
+# Most of the time is compiling small programs, which is several times as fast without LLVM's optimisations and XLA's
+# emitters of fusions.
 os.environ['XLA_FLAGS'] = ' '.join([
   os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+  '--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1',
 ])  # fmt: skip
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What a module, or a command that a test starts, has compiled, others read, in all processes of a run.
@@ -35,6 +37,15 @@ def mesh(request):
   mesh = sharding.make_mesh(*request.param)
   with jax.set_mesh(mesh):
     yield mesh
+
+
+@pytest.fixture
+def usual_programs(monkeypatch):
+  """What is compiled to be read is what XLA makes where its emitters are not left out: scatters, for one, stay."""
+  compiled = jax.stages.Lowered.compile
+  monkeypatch.setattr(
+    jax.stages.Lowered, 'compile', lambda lowered: compiled(lowered, {'xla_cpu_use_fusion_emitters': True})
+  )
 
 
 @pytest.fixture(scope='module', autouse=True)

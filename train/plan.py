@@ -145,8 +145,8 @@ def lower(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> tuple:
     lowered, to compile; state and batch as abstract arrays; the `recipes.Plan`.
 
   Raises:
-    ValueError: the mesh does not divide the latents or the batch, there are more or fewer widths than sites, or there
-      is a sweep; and as `recipes.plan`.
+    ValueError: the mesh does not divide the latents or a micro-batch, there are more or fewer widths than sites, or
+      there is a sweep; and as `recipes.plan`.
   """
   settings = config.sae.copy_and_resolve_references()
   if settings.get('sweep'):
@@ -157,7 +157,7 @@ def lower(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> tuple:
   n_all_steps = math.ceil(settings.tokens / settings.batch_size)
   planned = recipes.plan(settings, n_all_steps, len(widths) == 2)
   state, n_steps = abstract_state(planned, widths), min(settings.steps_per_dispatch, n_all_steps)
-  train_sae.check_batch(settings.batch_size, planned.settings['micro_batches'])
+  train_sae.check_batch(planned, settings.batch_size)
   by_token = sharding.spec('step row d_model')
   batch = [_abstract((n_steps, settings.batch_size, width), config.capture.dtype, by_token) for width in widths]
   acts_sbd, *targets = batch

@@ -90,9 +90,9 @@ def load(config, workdir) -> sae.SparseAutoencoder:
 
 
 def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
-  """Returns `batches(step, part, n)`, which yields {site: activations [b, d]}: of all sites those of the same tokens.
+  """Returns `batches(step, part, n_micro)`, which yields {site: activations [b, d]}, of all sites of the same tokens.
 
-  From a step on they are batches or, with n, the n parts of each; of every one of them only this process's part.
+  They are the batches from a step on or, with n_micro, as many micro-batches of each; of these only a part, if given.
   """
   settings = config.sae
   if settings.source == 'store':
@@ -117,11 +117,10 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
       readers = activations.live_readers(subject.model, windows_et, sites, n_examples, config.capture.dtype)
     keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
 
-  def batches(step, part=(0, 1), n=1):
+  def batches(step, part=(0, 1), n_micro=1):
+    size, first = settings.batch_size // n_micro, step * n_micro
     found = [
-      activations.shuffled_batches(
-        read, keep_et, settings.batch_size // n, settings.buffer_examples, config.seed, step * n, part
-      )
+      activations.shuffled_batches(read, keep_et, size, settings.buffer_examples, config.seed, first, part)
       for read in readers.values()
     ]
     for rows in zip(*found, strict=True):
@@ -142,24 +141,20 @@ def _members(config, workdir) -> list[_Member]:
   found = []
   for name, own in sweep.members(config).items():
     plan = recipes.plan(own, n_steps, bool(own.get('target_site')))
+    check_batch(plan, settings.batch_size)
     found.append(_Member(name, own, plan, sweep.folder(workdir, name) / 'sae'))
-  check_batch(settings.batch_size, _n_parts(found))
   return found
 
 
-def check_batch(batch_size: int, micro_batches: int):
-  """Raises unless all devices of the mesh together divide the batch's micro-batches.
+def check_batch(plan: recipes.Plan, batch_size: int):
+  """Raises unless the devices of the mesh divide a micro-batch.
 
   Raises:
     ValueError: they do not.
   """
-  what = 'sae.batch_size' if micro_batches == 1 else f'a micro-batch, sae.batch_size / {micro_batches} ='
-  sharding.check_divides(what, batch_size // micro_batches, sharding.AXES['row'])
-
-
-def _n_parts(members) -> int:
-  """Returns how many parts of a batch there are, of which each member's micro-batches are one or several."""
-  return math.lcm(*(member.plan.settings['micro_batches'] for member in members))
+  n = plan.settings['micro_batches']
+  name = 'sae.batch_size' if n == 1 else 'sae.batch_size / sae.micro_batches ='
+  sharding.check_divides(name, batch_size // n, sharding.AXES['row'])
 
 
 def _settle_kernels(settings, members, widths, path):
@@ -266,8 +261,9 @@ def run(config, workdir):
         name = member.name or workdir.name
         shown = dashboards.writer(log_to, member.folder / log_to, name, member.settings.to_dict(), first)
         member.show = held.enter_context(shown)
-    n_parts = _n_parts(members)
-    dispatches = _dispatches(config.sae, first, n_parts, batches(first, part, n_parts))
+    # Every process has its part of every micro-batch; those of all members are made of one or several of these.
+    n_micro = math.lcm(*(member.plan.settings['micro_batches'] for member in members))
+    dispatches = _dispatches(config.sae, first, batches(first, part, n_micro), n_micro)
     states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
     for member in members:
       _finish(member, states[member.name], sample[member.settings.site])
@@ -312,17 +308,17 @@ def _fresh(member, sample, key) -> train_step.TrainState:
   return train_step.init_state(plan.init(key, *samples), samples[0], plan.tx, plan.ema, *samples[1:])
 
 
-def _dispatches(settings, first, n_parts, parts) -> Iterator[tuple[range, dict[str, jax.Array]]]:
+def _dispatches(settings, first, pieces, n_micro) -> Iterator[tuple[range, dict[str, jax.Array]]]:
   """Yields the numbers of the steps that are dispatched together and {site: activations [step, batch, d]} on the mesh.
 
-  Another thread makes the next ones meanwhile, of n_parts parts for each step.
+  Another thread makes the next ones meanwhile, a step of n_micro pieces.
   """
   n_steps, n_each = math.ceil(settings.tokens / settings.batch_size), settings.steps_per_dispatch
   mesh = jax.sharding.get_mesh()
   by_token = NamedSharding(mesh, sharding.spec('step row d_model'))
 
-  def place(found):
-    acts_sbd = micro_batches.by_device(found, n_parts, len(mesh.local_devices))
+  def place(batches):
+    acts_sbd = micro_batches.by_device(batches, len(mesh.local_devices))
     shape = len(acts_sbd), settings.batch_size, acts_sbd.shape[-1]
     return jax.make_array_from_process_local_data(by_token, acts_sbd, shape)
 
@@ -330,10 +326,10 @@ def _dispatches(settings, first, n_parts, parts) -> Iterator[tuple[range, dict[s
     if step >= n_steps:
       return None
     steps = range(step + 1, min(step + n_each, n_steps) + 1)
-    found = list(itertools.islice(parts, len(steps) * n_parts))
-    return steps, {site: place([part[site] for part in found]) for site in found[0]}
+    batches = [list(itertools.islice(pieces, n_micro)) for _ in steps]
+    return steps, {site: place([[rows[site] for rows in batch] for batch in batches]) for site in batches[0][0]}
 
-  with contextlib.closing(parts), concurrent.futures.ThreadPoolExecutor(1) as thread:
+  with contextlib.closing(pieces), concurrent.futures.ThreadPoolExecutor(1) as thread:
     made = thread.submit(make, first)
     for step in itertools.count(first + n_each, n_each):
       if (item := made.result()) is None:

@@ -109,7 +109,7 @@ def loss_and_grads(
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
     n_parts: micro-batches; see `micro_batches.MicroBatched`.
   """
-  specs, batch_spec = partition_specs(sae), micro_batches.rows_spec(len(x_bd) // n_parts)
+  specs, batch_spec = partition_specs(sae), micro_batches.rows_spec(len(x_bd))
 
   def loss(sae, tokens_since_fired_l, x_bd, target_bd, mse_scale):
     found = terms(sae, x_bd, target_bd, tokens_since_fired_l)

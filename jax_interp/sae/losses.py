@@ -82,7 +82,7 @@ class TopK:
     """
     specs = partition_specs(sae)
     axes = ('data', 'model') if sharding.is_cut('data') else ('model',)
-    batch_spec = micro_batches.rows_spec(len(x_bd) // n_parts, axes)
+    batch_spec = micro_batches.rows_spec(len(x_bd), axes)
     run = jax.shard_map(
       functools.partial(_loss_and_grads, self, n_parts),
       in_specs=(specs, batch_spec, batch_spec, P('model'), P(), P() if row_scale_l is None else P('model')),

@@ -26,7 +26,7 @@ class MicroBatched:
 
   Attributes:
     recipe: the other.
-    n: how many parts; it must divide the batch, and the mesh's data axis the parts.
+    n: how many parts; it must divide the batch, and the devices of the mesh the parts.
   """
 
   recipe: object
@@ -48,33 +48,34 @@ class MicroBatched:
     """See `train_step.Recipe`.
 
     Raises:
-      ValueError: the batch is not divisible by n, or a part by the data axis.
+      ValueError: the batch is not divisible by n, or a part by the devices of the mesh.
     """
     if len(x_bd) % self.n:
       raise ValueError(f'a batch of {len(x_bd)} is not divisible by {self.n} micro-batches; choose a divisor')
-    sharding.check_divides('a micro-batch of', len(x_bd) // self.n, 'data')
+    sharding.check_divides('a micro-batch of', len(x_bd) // self.n, sharding.AXES['row'])
     batch = x_bd, target_bd, tokens_since_fired_l
     return self.recipe.loss_and_grads(sae, *batch, mse_scale, step, *row_scale_l, n_parts=self.n)
 
 
-def by_device(parts: Sequence[np.ndarray], n: int, n_devices: int) -> np.ndarray:
-  """Returns batches [step, batch, d] of n parts each, in whose rows every device has its share of every part.
+def by_device(batches: Sequence[Sequence[np.ndarray]], n_devices: int) -> np.ndarray:
+  """Returns batches [step, batch, d] whose rows are dealt out to so many devices that have equal parts of them.
 
-  So a batch is to be placed for `MicroBatched` of n parts, or of a divisor of n: parts that follow each other become
-  one.
+  Every device has its share of each neighbourhood of rows: so a batch is to be placed for `MicroBatched`, of any n.
 
   Args:
-    parts: [b, d] each, n for every step, in their order.
-    n: as said.
-    n_devices: of this process; they divide b.
+    batches: of every step the rows [b, d], in one array or in several.
+    n_devices: of this process; they divide the rows of each array.
   """
-  acts_prd = np.stack([part.reshape(n_devices, -1, part.shape[-1]) for part in parts])
-  acts = acts_prd.reshape(-1, n, *acts_prd.shape[1:]).swapaxes(1, 2)  # step, device, part, row, d
-  return acts.reshape(len(acts), -1, acts.shape[-1])
+  (size, d), dtype = (sum(map(len, batches[0])), batches[0][0].shape[1]), batches[0][0].dtype
+  acts_sbd = np.empty((len(batches), size, d), dtype)
+  for acts_bd, batch in zip(acts_sbd, batches, strict=True):
+    dealt = [rows.reshape(-1, n_devices, d).swapaxes(0, 1) for rows in batch]  # device, row, d
+    np.concatenate(dealt, axis=1, out=acts_bd.reshape(n_devices, -1, d))
+  return acts_sbd
 
 
 def rows_spec(n_rows: int, axes: tuple[str, ...] = ('data', 'model')) -> P:
-  """Returns how rows come into a map over these axes that calls `over_parts`, if so many are a part.
+  """Returns how the rows of a batch come into a map over these axes that calls `over_parts`.
 
   Each is on one device, if all devices divide them: those of a row of the mesh, which all need them, normalise each its
   own and send them to each other a part at a time, and a host need only send each row once.

@@ -16,7 +16,6 @@ from models import sharding
 from models.sae import SparseAutoencoder, named_parameters, unit_rows
 
 ENCODER_NORM = 0.2  # of a fresh encoder row, relative to the living ones' mean
-ORDERED_BY = 4  # coordinates of an input; inputs that agree in all are as good as the same
 
 
 @functools.partial(jax.jit, static_argnames=('dead_tokens', 'exponent'), donate_argnames=('sae', 'opt'))
@@ -51,7 +50,7 @@ def resample(
   loss_b = jnp.sum((latents_bl @ sae.decoder[...] - x_bd) ** 2, axis=1)
   log_odds_b = exponent * jnp.log(jnp.maximum(loss_b, jnp.finfo(jnp.float32).tiny))
   # The inputs are drawn in an order of their own: that of the batch depends on the mesh and the number of processes.
-  order_b = jnp.lexsort([column_b.astype(jnp.float32) for column_b in acts_bd[:, :ORDERED_BY].T])
+  order_b = jnp.lexsort((_digest(acts_bd), acts_bd[:, 0]))
   # Not random.categorical, which makes noise of [latent, batch].
   drawn_l = order_b[jax.random.choice(key, len(x_bd), dead_l.shape, p=jax.nn.softmax(log_odds_b[order_b]))]
   rows_ld = sharding.constrain(unit_rows(x_bd + jnp.finfo(jnp.float32).tiny)[drawn_l], 'latent d_model')
@@ -66,6 +65,13 @@ def resample(
     param = params[name]
     param[...] = jnp.where(_as_rows(dead_l, param[...]), value, param[...])
   return sae, _without_moments(opt, dead_l), jnp.where(dead_l, 0, tokens_since_fired_l)
+
+
+def _digest(x_bd):
+  """Returns a number [b] that tells inputs apart: a sum of their bits, the same in any order and on every mesh."""
+  kind = jnp.dtype(f'uint{8 * x_bd.dtype.itemsize}')
+  odd_d = jax.random.bits(jax.random.key(0), x_bd.shape[1:], jnp.uint32) | 1
+  return jnp.sum(jax.lax.bitcast_convert_type(x_bd, kind).astype(jnp.uint32) * odd_d, axis=1)
 
 
 def _as_rows(dead_l, x):

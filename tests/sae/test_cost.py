@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax_interp.sae import cost, hlo
 from models import sharding
 
+pytestmark = pytest.mark.usefixtures('usual_programs')
 F32 = 4
 
 

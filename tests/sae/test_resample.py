@@ -63,7 +63,7 @@ def test_the_magnitudes_of_dead_gated_latents_begin_anew(mesh):
 
 
 def test_the_draws_depend_on_neither_the_mesh_nor_the_order():
-  acts_bd = np.round(ACTS)  # many agree in some coordinates
+  acts_bd = np.where(np.arange(D) < 4, 0, ACTS).astype(np.float32)  # all agree in the first coordinates
   results = []
   for shape, order in [((1, 1), np.arange(B)), ((2, 4), np.random.default_rng(1).permutation(B))]:
     with jax.set_mesh(sharding.make_mesh(*shape)):

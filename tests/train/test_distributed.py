@@ -87,7 +87,7 @@ def start(subject, workdir, *flags, n_devices=1, program=CAPTURE):
   environment = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={n_devices}',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={n_devices}',  # the last one counts
   }
   command = [sys.executable, *program, f'--config={subject / "config.py"}', f'--workdir={workdir}', *flags]
   return subprocess.Popen(

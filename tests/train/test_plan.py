@@ -19,6 +19,7 @@ from models import sharding
 from train import plan
 from train import recipes as plans
 
+pytestmark = pytest.mark.usefixtures('usual_programs')
 ROOT = pathlib.Path(__file__).parents[2]
 D, N, K, B, STEPS = 48, 640, 5, 96, 3
 F32, BF16 = 4, 2
@@ -89,13 +90,14 @@ def test_bytes_and_flops_are_those_of_the_program(mesh):
   assert not found.program.unknown_loops
 
 
-def test_collectives_are_those_of_the_design(mesh):
+@pytest.mark.parametrize('n_micro', [1, 3])
+def test_collectives_are_those_of_the_design(mesh, n_micro):
   data, model = mesh.shape['data'], mesh.shape['model']
-  found, _ = _planned(data, model)
+  found = _on(data, model, _config(micro_batches=n_micro))
   always = [c for c in found.program.collectives if not c.branch]
   assert {c.axis for c in found.program.collectives} == {axis for axis in ('data', 'model') if mesh.shape[axis] > 1}
   of = lambda axis: sum(c.times * c.n_bytes for c in always if c.axis == axis and c.op == 'all-reduce')
-  if data > 1:  # gradients, for each step, whatever the batch
+  if data > 1:  # gradients, for each step, whatever the batch and however many parts it has
     gradients = F32 * 2 * N // model * D
     assert STEPS * gradients <= of('data') <= 1.1 * STEPS * gradients
   if model > 1:  # the reconstruction, whatever the latents; but for candidates, it is all
@@ -151,7 +153,7 @@ def test_latents_that_the_mesh_does_not_divide_are_refused():
     _on(1, 3, _config())
   with pytest.raises(ValueError, match=r'sae.batch_size 96 is not divisible by the data axis 5'):
     _on(5, 1, _config())
-  with pytest.raises(ValueError, match=r'a micro-batch, sae.batch_size / 16 = 6 is not divisible by 4, the axes data'):
+  with pytest.raises(ValueError, match=r'sae.batch_size / sae.micro_batches = 6 is not divisible by 4, the axes data'):
     _on(2, 2, _config(micro_batches=16))
 
 

@@ -252,9 +252,10 @@ app.run"""
 def test_the_embedded_model_is_debugged_over_http(workdir):
   """The real engine, its SAE and records: every endpoint answers, and 20 clients get what a single one gets."""
   with (
-    _serving(
-      f'--sae={workdir}/sae/final', f'--records={workdir}', '--warm=16', XLA_FLAGS='--xla_backend_optimization_level=0'
-    ) as (process, url),
+    _serving(f'--sae={workdir}/sae/final', f'--records={workdir}', '--warm=16', XLA_FLAGS=os.environ['XLA_FLAGS']) as (
+      process,
+      url,
+    ),
     httpx.Client(base_url=url, timeout=300) as client,
     concurrent.futures.ThreadPoolExecutor(20) as pool,
   ):
