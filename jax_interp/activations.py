@@ -256,6 +256,7 @@ def shuffled_batches(
   seed: int,
   start_step: int = 0,
   part: tuple[int, int] = (0, 1),
+  unit: int = 1,
 ) -> Iterator[np.ndarray]:
   """Yields shuffled activations [batch_size, d] without end; the row of every token to keep comes once an epoch.
 
@@ -273,13 +274,16 @@ def shuffled_batches(
     start_step: the first batch to yield.
     part: (index, number of parts): only this part of every batch is read and yielded, [batch_size / parts, d]. The
       parts together are the rows of the batch, in another order; each reads little more than its share of examples.
+    unit: the rows i, i + unit, i + 2 unit, ... of all parts together are the same for any number of parts, and of each
+      part as many. For that rows of a batch are in the order of the examples.
 
   Raises:
-    ValueError: no token is to be kept, or the parts do not divide the batch.
+    ValueError: no token is to be kept, or the parts do not divide the batch into whole units.
   """
-  index, n_parts = part
-  if batch_size % n_parts:
-    raise ValueError(f'batch_size {batch_size} is not divisible by {n_parts} parts; choose a multiple')
+  _, n_parts = part
+  if batch_size % (n_parts * unit):
+    of = f' of {unit} rows' * (unit > 1)
+    raise ValueError(f'batch_size {batch_size} is not divisible by {n_parts} parts{of}; choose a multiple')
   size = batch_size // n_parts
   kept_e = keep_et.sum(1)
   if not kept_e.any():
@@ -296,8 +300,8 @@ def shuffled_batches(
     before, examples = np.split(examples[: (fill + 1) * buffer_examples], [fill * buffer_examples])
     examples = np.sort(examples)
     rows = np.random.default_rng((seed, epoch, 1 + fill)).permutation(np.flatnonzero(keep_et[examples]))
-    if n_parts > 1:
-      rows = _part(rows, epoch * kept_e.sum() + kept_e[before].sum(), batch_size, index, n_parts)
+    if n_parts > 1 or unit > 1:
+      rows = _part(rows, epoch * kept_e.sum() + kept_e[before].sum(), batch_size, part, unit)
     to = np.full(keep_et[examples].shape, -1)
     to.flat[rows] = np.arange(len(rows))
     if n_parts > 1:
@@ -317,7 +321,7 @@ def shuffled_batches(
   ends = np.cumsum(np.add.reduceat(kept_e[order], np.arange(0, n_examples, buffer_examples)))
   fill = np.searchsorted(ends, row, 'right')
   row -= ends[fill - 1] if fill else 0
-  n_before = lambda row: row // batch_size * size + _share(index, n_parts, row % batch_size)
+  n_before = lambda row: row // batch_size * size + _share(part, row % batch_size, unit)
   row = n_before(start_step * batch_size) - n_before(start_step * batch_size - row)
   left_bd = None  # of the buffer before, less than a batch
   with concurrent.futures.ThreadPoolExecutor(1) as reader:
@@ -341,27 +345,48 @@ def shuffled_batches(
       left_bd = rows_rd[n_whole:].copy() if n_whole < len(rows_rd) else None
 
 
-def _share(part, n_parts, n) -> int:
+def _units_before(index: int, n_parts: int, n: int) -> int:
+  """Returns how many of the first n units of a batch are of the parts before one: they are dealt out in turn."""
+  return n // n_parts * index + min(n % n_parts, index)
+
+
+def _share(part: tuple[int, int], n: int, unit: int) -> int:
   """Returns how many of the first n rows of a batch are a part's."""
-  return (part + 1) * n // n_parts - part * n // n_parts
+  index, n_parts = part
+  whole, rest = divmod(n, unit)
+  n_units = _units_before(index + 1, n_parts, whole) - _units_before(index, n_parts, whole)
+  return n_units * unit + (rest if whole % n_parts == index else 0)
 
 
-def _part(rows: np.ndarray, first: int, batch_size: int, part: int, n_parts: int) -> np.ndarray:
-  """Returns a part's rows of a fill: of every batch in it an equal share, those of neighbouring examples.
+def _part(rows: np.ndarray, first: int, batch_size: int, part: tuple[int, int], unit: int) -> np.ndarray:
+  """Returns a part's rows of a fill, of every batch in the order of the examples.
+
+  Each part has an equal share of the whole units of a batch that a fill has, and they are neighbours. A unit that one
+  fill begins and the next ends is of one part.
 
   Args:
     rows: of the fill in the order of the stream, which numbers them from `first` on.
     first: as said.
     batch_size: of all parts.
-    part: which.
-    n_parts: how many.
+    part: which of how many.
+    unit: as many rows of the batch, in that order, are of one part.
   """
+  index, n_parts = part
   found = []
   cuts = range(batch_size - first % batch_size, len(rows), batch_size)
   for start, stop in itertools.pairwise([0, *cuts, len(rows)]):
     begun = (first + start) % batch_size  # rows of the batch in the fill before
-    low, high = ((p * (begun + stop - start) // n_parts - p * begun // n_parts) for p in (part, part + 1))
-    found.append(np.sort(rows[start:stop])[low:high])
+    ended = begun + stop - start
+    units = -(-begun // unit), max(-(-begun // unit), ended // unit)  # the whole ones
+    low, high = (_units_before(i, n_parts, units[1]) - _units_before(i, n_parts, units[0]) for i in (index, index + 1))
+    n_head = min(units[0] * unit, ended) - begun  # of a unit that was begun before
+    n_whole = (units[1] - units[0]) * unit
+    head, whole, tail = np.split(np.sort(rows[start:stop]), [n_head, n_head + n_whole])
+    if (units[0] - 1) % n_parts == index:
+      found.append(head)
+    found.append(whole[low * unit : high * unit])
+    if units[1] % n_parts == index:
+      found.append(tail)
   return np.concatenate(found)
 
 

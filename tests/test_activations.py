@@ -198,14 +198,31 @@ def test_batches_are_a_function_of_seed_and_step(keep):
 
 
 @pytest.mark.parametrize('keep', [ALL, SOME], ids=['all', 'some'])
-@pytest.mark.parametrize(('n_parts', 'sizes'), [(2, {}), (5, {}), (2, {'buffer_examples': 1}), (3, {'batch_size': 96})])
-def test_the_parts_of_a_batch_are_its_rows(keep, n_parts, sizes):
+@pytest.mark.parametrize(
+  ('n_parts', 'unit', 'sizes'),
+  [
+    (2, 1, {}),
+    (5, 1, {}),
+    (10, 1, {'batch_size': 100, 'buffer_examples': 1}),
+    (2, 5, {'buffer_examples': 1}),
+    (3, 1, {'batch_size': 96}),
+    (3, 4, {'batch_size': 96}),
+    (3, 16, {'batch_size': 96, 'buffer_examples': 1}),
+    (1, 5, {}),
+  ],
+)
+def test_the_parts_of_a_batch_are_its_rows(keep, n_parts, unit, sizes):
+  """And with a unit, every so many-th row of all parts together is a set that does not depend on their number."""
+  tuples = lambda rows: sorted(map(tuple, rows))
   for start_step in range(12):
-    whole = batches(8, keep=keep, start_step=start_step, **sizes)
-    parts = [batches(8, keep=keep, start_step=start_step, part=(i, n_parts), **sizes) for i in range(n_parts)]
-    for batch, *shares in zip(whole, *parts, strict=True):
+    read_from = functools.partial(batches, 8, keep=keep, start_step=start_step, **sizes)
+    whole, ordered = read_from(), read_from(unit=2 * unit if n_parts == 1 else unit)
+    parts = [read_from(part=(i, n_parts), unit=unit) for i in range(n_parts)]
+    for batch, of_one, *shares in zip(whole, ordered, *parts, strict=True):
       assert {len(share) for share in shares} == {len(batch) / n_parts}
-      assert sorted(map(tuple, np.concatenate(shares))) == sorted(map(tuple, batch))
+      assert tuples(np.concatenate(shares)) == tuples(batch)
+      for i in range(unit if unit > 1 else 0):
+        assert tuples(np.concatenate([share[i::unit] for share in shares])) == tuples(of_one[i::unit])
 
 
 def test_a_part_reads_little_more_than_its_share():
@@ -226,6 +243,8 @@ def test_a_part_reads_little_more_than_its_share():
 def test_parts_that_do_not_divide_the_batch_are_refused():
   with pytest.raises(ValueError, match='batch_size 10 is not divisible by 3 parts'):
     batches(1, part=(0, 3))
+  with pytest.raises(ValueError, match='batch_size 10 is not divisible by 2 parts of 2 rows'):
+    batches(1, part=(0, 2), unit=2)
 
 
 def test_a_batch_that_is_kept_stays_as_it_was_and_memory_is_used_again():

@@ -157,7 +157,7 @@ def lower(config: ml_collections.ConfigDict, widths: tuple[int, ...]) -> tuple:
   n_all_steps = math.ceil(settings.tokens / settings.batch_size)
   planned = recipes.plan(settings, n_all_steps, len(widths) == 2)
   state, n_steps = abstract_state(planned, widths), min(settings.steps_per_dispatch, n_all_steps)
-  train_sae.check_batch(planned, settings.batch_size)
+  train_sae.check_batch(settings.batch_size, planned.settings['micro_batches'])
   by_token = sharding.spec('step row d_model')
   batch = [_abstract((n_steps, settings.batch_size, width), config.capture.dtype, by_token) for width in widths]
   acts_sbd, *targets = batch

@@ -5,7 +5,7 @@ workdir/sweep/<name>, which later stages take as a workdir: see `train.sweep`. T
 together in workdir/sae/checkpoints, written while training goes on. Batches and random keys are functions of the seed
 and the step, so the step is also the position in the data, and no buffer need be saved: killed at any moment and run
 again, training ends with the same numbers, to the last bit on the same mesh, and up to rounding on another mesh or with
-another number of processes.
+another number of processes (but for what is resampled of a live model, whose activations round otherwise there).
 """
 
 import collections
@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_interp import activations, store, text
-from jax_interp.sae import kernels, micro_batches, train_step
+from jax_interp.sae import kernels, train_step
 from models import sae, sharding
 from train import capture, command, dashboards, processes, recipes, sweep, throughput, windows
 
@@ -90,9 +90,9 @@ def load(config, workdir) -> sae.SparseAutoencoder:
 
 
 def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
-  """Returns `batches(step, part, n_micro)`, which yields {site: activations [b, d]}, of all sites of the same tokens.
+  """Returns `batches(step, part, unit)`, which yields {site: activations [b, d]} as `activations.shuffled_batches`.
 
-  They are the batches from a step on or, with n_micro, as many micro-batches of each; of these only a part, if given.
+  They are of the same tokens at all sites.
   """
   settings = config.sae
   if settings.source == 'store':
@@ -117,10 +117,11 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
       readers = activations.live_readers(subject.model, windows_et, sites, n_examples, config.capture.dtype)
     keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
 
-  def batches(step, part=(0, 1), n_micro=1):
-    size, first = settings.batch_size // n_micro, step * n_micro
+  def batches(step, part=(0, 1), unit=1):
     found = [
-      activations.shuffled_batches(read, keep_et, size, settings.buffer_examples, config.seed, first, part)
+      activations.shuffled_batches(
+        read, keep_et, settings.batch_size, settings.buffer_examples, config.seed, step, part, unit
+      )
       for read in readers.values()
     ]
     for rows in zip(*found, strict=True):
@@ -141,20 +142,19 @@ def _members(config, workdir) -> list[_Member]:
   found = []
   for name, own in sweep.members(config).items():
     plan = recipes.plan(own, n_steps, bool(own.get('target_site')))
-    check_batch(plan, settings.batch_size)
+    check_batch(settings.batch_size, plan.settings['micro_batches'])
     found.append(_Member(name, own, plan, sweep.folder(workdir, name) / 'sae'))
   return found
 
 
-def check_batch(plan: recipes.Plan, batch_size: int):
+def check_batch(batch_size: int, n_micro: int):
   """Raises unless the devices of the mesh divide a micro-batch.
 
   Raises:
     ValueError: they do not.
   """
-  n = plan.settings['micro_batches']
-  name = 'sae.batch_size' if n == 1 else 'sae.batch_size / sae.micro_batches ='
-  sharding.check_divides(name, batch_size // n, sharding.AXES['row'])
+  name = 'sae.batch_size' if n_micro == 1 else 'sae.batch_size / sae.micro_batches ='
+  sharding.check_divides(name, batch_size // n_micro, sharding.AXES['row'])
 
 
 def _settle_kernels(settings, members, widths, path):
@@ -261,9 +261,9 @@ def run(config, workdir):
         name = member.name or workdir.name
         shown = dashboards.writer(log_to, member.folder / log_to, name, member.settings.to_dict(), first)
         member.show = held.enter_context(shown)
-    # Every process has its part of every micro-batch; those of all members are made of one or several of these.
-    n_micro = math.lcm(*(member.plan.settings['micro_batches'] for member in members))
-    dispatches = _dispatches(config.sae, first, batches(first, part, n_micro), n_micro)
+    # Every process has as many tokens of each micro-batch: which it is goes by their place in the batch.
+    unit = math.lcm(*(member.plan.settings['micro_batches'] for member in members))
+    dispatches = _dispatches(config.sae, first, batches(first, part, unit))
     states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
     for member in members:
       _finish(member, states[member.name], sample[member.settings.site])
@@ -308,28 +308,27 @@ def _fresh(member, sample, key) -> train_step.TrainState:
   return train_step.init_state(plan.init(key, *samples), samples[0], plan.tx, plan.ema, *samples[1:])
 
 
-def _dispatches(settings, first, pieces, n_micro) -> Iterator[tuple[range, dict[str, jax.Array]]]:
+def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax.Array]]]:
   """Yields the numbers of the steps that are dispatched together and {site: activations [step, batch, d]} on the mesh.
 
-  Another thread makes the next ones meanwhile, a step of n_micro pieces.
+  Another thread makes the next ones meanwhile.
   """
   n_steps, n_each = math.ceil(settings.tokens / settings.batch_size), settings.steps_per_dispatch
-  mesh = jax.sharding.get_mesh()
-  by_token = NamedSharding(mesh, sharding.spec('step row d_model'))
+  by_token = NamedSharding(jax.sharding.get_mesh(), sharding.spec('step row d_model'))
 
-  def place(batches):
-    acts_sbd = micro_batches.by_device(batches, len(mesh.local_devices))
-    shape = len(acts_sbd), settings.batch_size, acts_sbd.shape[-1]
+  def place(rows):
+    acts_sbd = np.stack(rows)
+    shape = len(rows), settings.batch_size, acts_sbd.shape[-1]
     return jax.make_array_from_process_local_data(by_token, acts_sbd, shape)
 
   def make(step):
     if step >= n_steps:
       return None
     steps = range(step + 1, min(step + n_each, n_steps) + 1)
-    batches = [list(itertools.islice(pieces, n_micro)) for _ in steps]
-    return steps, {site: place([[rows[site] for rows in batch] for batch in batches]) for site in batches[0][0]}
+    found = list(itertools.islice(batches, len(steps)))
+    return steps, {site: place([batch[site] for batch in found]) for site in found[0]}
 
-  with contextlib.closing(pieces), concurrent.futures.ThreadPoolExecutor(1) as thread:
+  with contextlib.closing(batches), concurrent.futures.ThreadPoolExecutor(1) as thread:
     made = thread.submit(make, first)
     for step in itertools.count(first + n_each, n_each):
       if (item := made.result()) is None:

@@ -12,7 +12,8 @@ import ml_collections
 
 from train import recipes
 
-# What all SAEs of a stream share, beside the seed; an SAE trained alone is the same, bit by bit.
+# What all SAEs of a stream share, beside the seed; an SAE trained alone with these is the same, bit by bit
+# (up to rounding if others have other `micro_batches`).
 STREAM = ('source', 'tokens', 'batch_size', 'buffer_examples', 'steps_per_dispatch', 'checkpoint_every', 'log_every')
 SHARED = (*STREAM, 'checkpoints', 'spike_factor', 'log_to', 'sweep')
 

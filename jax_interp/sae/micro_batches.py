@@ -5,11 +5,10 @@ TopK keeps no more than a block of them anyway: its parts are for arrays of [bat
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from models import sharding
@@ -20,9 +19,9 @@ class MicroBatched:
   """A recipe that takes another's gradients over n parts of every batch, and their mean.
 
   The loss is the other's, if that is a mean over tokens. What a recipe takes from a whole batch it takes from a part:
-  the variance that AuxK is divided by, and the tokens that share the latents of BatchTopK. The i-th part is the i-th
-  n-th of the rows of every device: laid out by `by_device` it is the same tokens on every mesh. The dead clock goes on
-  from part to part. However many parts, devices add their gradients once.
+  the variance that AuxK is divided by, and the tokens that share the latents of BatchTopK. The i-th part has every n-th
+  token, from the i-th on: the same ones on every mesh, and of each device as many. The dead clock goes on from part to
+  part. However many parts, devices add their gradients once.
 
   Attributes:
     recipe: the other.
@@ -55,23 +54,6 @@ class MicroBatched:
     sharding.check_divides('a micro-batch of', len(x_bd) // self.n, sharding.AXES['row'])
     batch = x_bd, target_bd, tokens_since_fired_l
     return self.recipe.loss_and_grads(sae, *batch, mse_scale, step, *row_scale_l, n_parts=self.n)
-
-
-def by_device(batches: Sequence[Sequence[np.ndarray]], n_devices: int) -> np.ndarray:
-  """Returns batches [step, batch, d] whose rows are dealt out to so many devices that have equal parts of them.
-
-  Every device has its share of each neighbourhood of rows: so a batch is to be placed for `MicroBatched`, of any n.
-
-  Args:
-    batches: of every step the rows [b, d], in one array or in several.
-    n_devices: of this process; they divide the rows of each array.
-  """
-  (size, d), dtype = (sum(map(len, batches[0])), batches[0][0].shape[1]), batches[0][0].dtype
-  acts_sbd = np.empty((len(batches), size, d), dtype)
-  for acts_bd, batch in zip(acts_sbd, batches, strict=True):
-    dealt = [rows.reshape(-1, n_devices, d).swapaxes(0, 1) for rows in batch]  # device, row, d
-    np.concatenate(dealt, axis=1, out=acts_bd.reshape(n_devices, -1, d))
-  return acts_sbd
 
 
 def rows_spec(n_rows: int, axes: tuple[str, ...] = ('data', 'model')) -> P:
@@ -127,7 +109,7 @@ def over_parts(
 
 def _part(x_bd, i, n):
   """Returns the i-th of n parts of the tokens of this device's row of the mesh, of which x_bd are this device's."""
-  own_bd = x_bd if n == 1 else jax.lax.dynamic_index_in_dim(x_bd.reshape(n, -1, x_bd.shape[1]), i, keepdims=False)
+  own_bd = x_bd if n == 1 else x_bd.reshape(-1, n, x_bd.shape[1])[:, i]
   if 'model' not in jax.typeof(x_bd).manual_axis_type.varying:
     return own_bd
   return jax.lax.all_gather(own_bd, 'model', tiled=True, to='invarying')

@@ -40,7 +40,7 @@ def resample(
     opt: donated; of `optimizer.adam`.
     tokens_since_fired_l: the dead clock.
     acts_bd: raw activations to draw from.
-    key: of the draws, which depend on neither the mesh nor the order of the activations.
+    key: of the draws, which depend on neither the mesh nor the order of the inputs.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
     exponent: 2 is a probability in proportion to the square of the loss, as in the paper.
   """
@@ -49,7 +49,8 @@ def resample(
   latents_bl = sae.activation(x_bd @ sae.encoder[...].T, sae.latent_bias[...])
   loss_b = jnp.sum((latents_bl @ sae.decoder[...] - x_bd) ** 2, axis=1)
   log_odds_b = exponent * jnp.log(jnp.maximum(loss_b, jnp.finfo(jnp.float32).tiny))
-  # The inputs are drawn in an order of their own: that of the batch depends on the mesh and the number of processes.
+  # The inputs are drawn in an order of their own: that of the batch depends on the number of processes. Two keys, as 32
+  # bits of some inputs of a large batch agree by chance.
   order_b = jnp.lexsort((_digest(acts_bd), acts_bd[:, 0]))
   # Not random.categorical, which makes noise of [latent, batch].
   drawn_l = order_b[jax.random.choice(key, len(x_bd), dead_l.shape, p=jax.nn.softmax(log_odds_b[order_b]))]
@@ -68,8 +69,9 @@ def resample(
 
 
 def _digest(x_bd):
-  """Returns a number [b] that tells inputs apart: a sum of their bits, the same in any order and on every mesh."""
+  """Returns an integer [b] of each input's bits, to order them by: its sum is the same on every mesh."""
   kind = jnp.dtype(f'uint{8 * x_bd.dtype.itemsize}')
+  # Odd: where one coordinate is another, the sum is.
   odd_d = jax.random.bits(jax.random.key(0), x_bd.shape[1:], jnp.uint32) | 1
   return jnp.sum(jax.lax.bitcast_convert_type(x_bd, kind).astype(jnp.uint32) * odd_d, axis=1)
 

@@ -1,7 +1,5 @@
 """A batch in parts has the loss, gradients and dead clock of the whole, where the loss is a mean over tokens."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from jax_interp.sae import hlo, losses, optimizer, train_step
 from jax_interp.sae.batch_topk import BatchTopK
 from jax_interp.sae.gated import Gated
 from jax_interp.sae.jumprelu import JumpReLU
-from jax_interp.sae.micro_batches import MicroBatched, by_device
+from jax_interp.sae.micro_batches import MicroBatched
 from models import sae, sharding
 from models.activation_functions import Gated as GatedActivation
 from models.activation_functions import JumpReLU as JumpReLUActivation
@@ -58,7 +56,6 @@ def test_parts_train_as_the_whole(shape, recipe):
 @pytest.mark.parametrize('kind', PER_PART)
 def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
   recipe, n = PER_PART[kind], 4
-  rows_n = np.arange(B).reshape(mesh.size, n, -1).swapaxes(0, 1).reshape(n, -1)  # a quarter of each device's
   model, target_bd, row_scale = sae.init_sae(jax.random.key(0), ACTS[0], L, K), ACTS[0], ()
   if kind == 'jumprelu':
     model = sae.with_activation(model, JumpReLUActivation(np.full(L, 0.5, 'f')))
@@ -71,8 +68,8 @@ def test_a_batch_is_the_mean_of_its_parts(mesh, kind):
   run, run_parts = (jax.jit(each.loss_and_grads) for each in (recipe, MicroBatched(recipe, n)))
   metrics, clock_after, grads = run_parts(model, ACTS[0], target_bd, clock, 0.3, 5, *row_scale)
   parts = []
-  for rows in rows_n:
-    of_part, clock, grads_of_part = run(model, ACTS[0][rows], target_bd[rows], clock, 0.3, 5, *row_scale)
+  for i in range(n):
+    of_part, clock, grads_of_part = run(model, ACTS[0][i::n], target_bd[i::n], clock, 0.3, 5, *row_scale)
     parts.append((of_part, sae.named_parameters(grads_of_part)))
   np.testing.assert_array_equal(clock_after, clock)
   assert metrics.get('auxk', 1) > 0
@@ -94,14 +91,13 @@ def test_parts_are_the_same_tokens_on_every_mesh(kind):
   recipe, clock, results = PER_PART[kind], np.where(np.arange(L) < 40, DEAD, 0).astype(np.int32), []
   for shape in [(1, 1), (2, 1), (1, 4), (2, 4), (1, 8)]:
     with jax.set_mesh(sharding.make_mesh(*shape)):
-      x_bd, target_bd = by_device([[acts_bd] for acts_bd in ACTS[:2]], math.prod(shape))
       model = sae.init_sae(jax.random.key(0), ACTS[0], L, K)
       if kind == 'jumprelu':
         model = sae.with_activation(model, JumpReLUActivation(np.full(L, 0.5, 'f')))
       if kind == 'skip':
         model = sae.as_transcoder(jax.random.key(1), model, ACTS[1], skip=True)
       run = jax.jit(MicroBatched(recipe, 4).loss_and_grads)
-      found = run(model, x_bd, target_bd if kind == 'skip' else x_bd, clock, 0.3, 5)
+      found = run(model, ACTS[0], ACTS[1] if kind == 'skip' else ACTS[0], clock, 0.3, 5)
       metrics, clock_l, grads = jax.device_get((*found[:2], sae.named_parameters(found[2])))
       results.append((metrics, clock_l, grads))
   (metrics, clock_l, grads), *others = results
@@ -111,19 +107,6 @@ def test_parts_are_the_same_tokens_on_every_mesh(kind):
       np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
     for name, grad in grads.items():
       np.testing.assert_allclose(other_grads[name], grad, atol=2e-6 * np.abs(grad).max(), err_msg=name)
-
-
-@pytest.mark.parametrize('n_arrays', [1, 2, 4])
-def test_every_device_has_its_share_of_every_part(n_arrays):
-  """Of three steps on two devices, whose rows come in one array or in several."""
-  acts_sbd = np.random.default_rng(0).normal(size=(3, B, D))
-  found_sbd = by_device([np.split(acts_bd, n_arrays) for acts_bd in acts_sbd], 2)
-  by_first = lambda rows_bd: rows_bd[np.argsort(rows_bd[:, 0])]
-  for n in (1, 2, 4, 16):
-    for found_bd, acts_bd in zip(found_sbd, acts_sbd, strict=True):
-      of_devices = [np.split(rows_bd, n) for rows_bd in np.split(found_bd, 2)]
-      for own, expected_bd in zip(zip(*of_devices, strict=True), np.split(acts_bd, n), strict=True):
-        np.testing.assert_array_equal(by_first(np.concatenate(own)), by_first(expected_bd))
 
 
 def test_parts_are_smaller_than_the_whole():
@@ -153,8 +136,11 @@ def test_devices_add_their_gradients_once(recipe):
 
 @pytest.mark.parametrize(
   ('n', 'message'),
-  [(7, 'a batch of 64 is not divisible by 7 micro-batches'), (64, 'a micro-batch of 1 is not divisible by the data')],
+  [
+    (7, 'a batch of 64 is not divisible by 7 micro-batches'),
+    (32, 'a micro-batch of 2 is not divisible by 4, the axes data and model'),
+  ],
 )
 def test_parts_that_do_not_divide_raise(n, message):
-  with jax.set_mesh(sharding.make_mesh(2, 1)), pytest.raises(ValueError, match=message):
+  with jax.set_mesh(sharding.make_mesh(2, 2)), pytest.raises(ValueError, match=message):
     MicroBatched(TOPK, n).loss_and_grads(start(TOPK), ACTS[0], ACTS[0], np.zeros(L, np.int32), 1.0, 0)

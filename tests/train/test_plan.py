@@ -212,7 +212,7 @@ def test_the_largest_published_sae_has_the_sizes_of_the_paper():
 
 
 def _command(*flags):
-  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
   return subprocess.run(
     [sys.executable, '-m', 'train.plan', *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
   )

@@ -252,7 +252,7 @@ def test_a_run_goes_on_on_another_mesh(activations, monkeypatch):
 
 
 SWEEP = (
-  {'name': 'wide', 'n_latents': 256, 'micro_batches': 4},
+  {'name': 'wide', 'n_latents': 256},
   {'recipe': 'multi_topk', 'learning_rate': 3e-3},
   {'site': OTHER_SITE},
   {'name': 'relu', 'recipe': 'relu', 'l1_coef': 0.1},
@@ -294,6 +294,17 @@ def test_saes_on_one_stream_are_those_trained_alone(mesh, activations):
     sweep.chosen(config, activations)
   with pytest.raises(ValueError, match=r'sae.sweep trains wide, .*; choose one with --config.sae_name=wide --workdir='):
     train_sae.load(config, activations)
+
+
+def test_micro_batches_of_one_sae_of_a_sweep_change_only_the_order_of_the_others_rows(one_device, activations):
+  config = config_of(activations, sweep=({'name': 'parts', 'micro_batches': 4}, {'name': 'whole'}))
+  train_sae.run(config, activations)
+  for name, at_most in (('parts', 0), ('whole', 1e-4)):
+    train_sae.run(alone(config, name), activations / 'alone')
+    both = numbers(activations / 'sweep' / name), numbers(activations / 'alone')
+    for found, expected in zip(*both, strict=True):
+      assert found == pytest.approx(expected, rel=at_most, abs=0)
+    (activations / 'alone' / 'sae').rename(activations / f'trained {name}')
 
 
 def test_a_stopped_sweep_resumes_to_bit_identical_weights(mesh, activations, monkeypatch, capsys):
