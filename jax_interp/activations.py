@@ -274,8 +274,8 @@ def shuffled_batches(
     start_step: the first batch to yield.
     part: (index, number of parts): only this part of every batch is read and yielded, [batch_size / parts, d]. The
       parts together are the rows of the batch, in another order; each reads little more than its share of examples.
-    unit: the rows i, i + unit, i + 2 unit, ... of all parts together are the same for any number of parts, and of each
-      part as many. For that rows of a batch are in the order of the examples.
+    unit: above 1, every unit-th row of a batch, from any one on, is of the same tokens however many parts there are,
+      and of each part as many. A batch of one buffer is then in the order of the examples.
 
   Raises:
     ValueError: no token is to be kept, or the parts do not divide the batch into whole units.

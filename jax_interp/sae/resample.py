@@ -71,7 +71,7 @@ def resample(
 def _digest(x_bd):
   """Returns an integer [b] of each input's bits, to order them by: its sum is the same on every mesh."""
   kind = jnp.dtype(f'uint{8 * x_bd.dtype.itemsize}')
-  # Odd: where one coordinate is another, the sum is.
+  # Odd factors: another value of one coordinate is always another sum.
   odd_d = jax.random.bits(jax.random.key(0), x_bd.shape[1:], jnp.uint32) | 1
   return jnp.sum(jax.lax.bitcast_convert_type(x_bd, kind).astype(jnp.uint32) * odd_d, axis=1)
 
