@@ -61,9 +61,12 @@ class BatchTopK:
       if self.auxk:
         dead_l = dense.clock_after(jax.lax.stop_gradient(latents_bl), tokens_since_fired_l) > self.dead_tokens
         error_bd = jax.lax.stop_gradient(target_bd - recons_bd)
-        params = sae.encoder[...], sae.decoder[...], sae.latent_bias[...], dense.bias(sae)
-        centred_bd = jax.lax.stop_gradient(x_bd - sae.pre_bias[...])
-        parts['auxk'] = losses.auxk_loss(self, params, centred_bd, error_bd, dead_l)
+        pre_bias_d, encoder_ld = sae.pre_bias[...], sae.encoder[...]
+        held_d = jax.lax.stop_gradient(pre_bias_d)
+        # 0, for the gradient of pre_bias: what the encoder reads is a constant there.
+        moved_l = jax.lax.stop_gradient(encoder_ld) @ (pre_bias_d - held_d)
+        params = encoder_ld, sae.decoder[...], sae.latent_bias[...] - moved_l, dense.bias(sae)
+        parts['auxk'] = losses.auxk_loss(self, params, x_bd - held_d, error_bd, dead_l)
       return dense.Terms(latents_bl, recons_bd, parts, {'threshold': jnp.maximum(smallest, 0)})
 
     batch = x_bd, target_bd, tokens_since_fired_l
