@@ -1,6 +1,9 @@
 """Resampling changes dead latents only, by the paper's rule, and forgets their moments."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -56,10 +59,15 @@ def test_only_dead_latents_change_and_by_the_rule(mesh):
 def test_the_magnitudes_of_dead_gated_latents_begin_anew(mesh):
   old = np.linspace(-3, -1, L).astype(np.float32)
   model = sae.with_activation(start()[0], Gated(*(sharding.place(old, 'latent') for _ in range(2))))
-  opt = optimizer.adam(1e-3).init(model)
-  after = resample.resample(model, opt, CLOCK, ACTS, jax.random.key(1), DEAD_TOKENS)[0]
+  tx = optimizer.adam(1e-3)
+  _, opt = tx.update(jax.tree.map(jnp.ones_like, model), tx.init(model), model)
+  before = {moment: arrays(optax.tree.get(opt, moment)) for moment in ('mu', 'nu')}
+  after, opt, _ = resample.resample(model, opt, CLOCK, ACTS, jax.random.key(1), DEAD_TOKENS)
   for name in ('r_mag', 'mag_bias'):
     np.testing.assert_array_equal(arrays(after)[name], np.where(DEAD, 0, old))
+    for moment, old_moment in before.items():
+      assert old_moment[name].all()
+      np.testing.assert_array_equal(arrays(optax.tree.get(opt, moment))[name], np.where(DEAD, 0, old_moment[name]))
 
 
 def test_the_draws_depend_on_neither_the_mesh_nor_the_order():
@@ -70,6 +78,43 @@ def test_the_draws_depend_on_neither_the_mesh_nor_the_order():
       model, _, _ = resample.resample(*start(), CLOCK, acts_bd[order], jax.random.key(1), DEAD_TOKENS)
       results.append(arrays(model))
   np.testing.assert_allclose(results[0]['decoder'], results[1]['decoder'], atol=1e-6)
+
+
+def anew():
+  """Returns `resample`, compiled anew: with the block that is set now."""
+  return jax.jit(functools.partial(resample.resample.__wrapped__, dead_tokens=DEAD_TOKENS))
+
+
+@pytest.mark.parametrize('block', [8, 12])  # four whole blocks, and three that 32 inputs do not fill
+def test_in_blocks_the_draws_are_the_same(mesh, monkeypatch, block):
+  acts = sharding.place(ACTS, 'row d_model')
+  whole, _, _ = resample.resample(*start(), CLOCK, acts, jax.random.key(1), DEAD_TOKENS)
+  monkeypatch.setattr(resample, 'BLOCK', block)
+  found, _, _ = anew()(*start(), CLOCK, acts, jax.random.key(1))
+  for name, x in arrays(whole).items():
+    np.testing.assert_allclose(arrays(found)[name], x, atol=1e-6)  # another product adds in another order
+
+
+def test_no_array_has_the_latents_of_all_inputs(mesh, monkeypatch):
+  n_tokens, n_latents = 4096, 1024
+  monkeypatch.setattr(resample, 'BLOCK', 64)
+  acts = sharding.place(np.random.default_rng(0).normal(size=(n_tokens, D)).astype(np.float32), 'row d_model')
+  model = sae.init_tied(jax.random.key(0), acts, n_latents, ReLU())
+  clock = sharding.place(np.arange(n_latents, dtype=np.int32), 'latent')
+  lowered = anew().lower(model, optimizer.adam(1e-3).init(model), clock, acts, jax.random.key(1))
+  of_latents = n_tokens * n_latents * 4 / mesh.size
+  assert lowered.compile().memory_analysis().temp_size_in_bytes < of_latents / 4
+
+
+def test_inputs_that_are_nothing_but_pre_bias_give_rows_of_norm_1(mesh):
+  """As do inputs so small that their squares are 0."""
+  for size in (0, 1e-30):
+    acts = size * ACTS
+    model = sae.init_tied(jax.random.key(0), acts, L, ReLU(), median=False)
+    model.latent_bias[...] = model.latent_bias[...] + 0.1
+    after = resample.resample(model, optimizer.adam(1e-3).init(model), CLOCK, acts, jax.random.key(1), DEAD_TOKENS)[0]
+    np.testing.assert_allclose(np.linalg.norm(arrays(after)['decoder'], axis=1), 1, rtol=1e-5)
+    assert np.isfinite(arrays(after)['encoder']).all()
 
 
 @pytest.mark.parametrize('exponent', [1, 2])
