@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_interp.sae import dense
+from jax_interp.sae import dense, resample
 from jax_interp.sae.train_step import TrainState
 from models import activation_functions, sharding
 from models import sae as sae_lib
 from models.sae import SparseAutoencoder
-from models.topk import threshold_for
 
 CHUNK = 4096  # tokens of a sample that are encoded at a time
 OF_PREACTS = ('topk', 'relu', 'jumprelu')  # whose latents are pre-activations or 0
@@ -140,12 +139,12 @@ def widen(
 
   Each new latent draws a token of the sample, no two the same one, with a probability in proportion to its loss. Its
   decoder row is the direction of the token's error, target - recons, and so is its encoder row; a transcoder, whose
-  inputs live in another space, has there the direction of the input minus pre_bias. The decoder row's norm is the mean
-  of the latents that are on in the sample; the encoder row's is theirs times a gain, one for all, the one of GAINS with
-  which the sample has the least squared error. A small gain keeps new latents out of the top k, below a threshold, or
-  near 0. If all do harm it is the smallest, which does the least. Biases are 0, as in a fresh SAE: biases that keep new
-  latents off most tokens harm less at first, but Adam is slow to bring them up. A JumpReLU
-  threshold is the mean of the others.
+  inputs live in another space, has there the direction of the input minus pre_bias. Where fewer tokens have an error
+  than there are new latents, the others have random directions. The decoder row's norm is the mean of the latents that
+  are on in the sample; the encoder row's is theirs times a gain, one for all, the one of GAINS with which the sample has
+  the least squared error. A small gain keeps new latents out of the top k, below a threshold, or near 0. If all do harm
+  it is the smallest, which does the least. Biases are 0, as in a fresh SAE: biases that keep new latents off most tokens
+  harm less at first, but Adam is slow to bring them up. A JumpReLU threshold is the mean of the others.
 
   An L0 that k does not fix rises at first: of a ReLU SAE, by nearly half of the new latents, at small values.
 
@@ -189,9 +188,11 @@ def _new_rows(sae, acts_bd, targets_bd, n_new, key):
   _, error_bd, fired_l = _errors(sae, acts_bd, targets_bd)
   rows = _directions(sae, jnp.asarray(acts_bd), error_bd, fired_l, key, n_new)
   candidates = [rows | {'encoder': gain * rows['encoder']} for gain in GAINS]
-  losses = [fit(_append(sae, rows), acts_bd, targets_bd).normalized_mse for rows in candidates]
+  # Not of `fit`: of a constant sample the normalized MSE is no number.
+  loss = lambda sae: float(jnp.sum(_errors(sae, acts_bd, targets_bd)[1] ** 2))
+  losses = [loss(_append(sae, rows)) for rows in candidates]
   best = int(np.argmin(losses))
-  return candidates[best] if losses[best] <= fit(sae, acts_bd, targets_bd).normalized_mse else candidates[-1]
+  return candidates[best] if losses[best] <= loss(sae) else candidates[-1]
 
 
 @functools.partial(jax.jit, static_argnames='n_new')
@@ -205,7 +206,9 @@ def _directions(sae, acts_bd, error_bd, fired_l, key, n_new):
   alive_l = (fired_l > 0) | ~jnp.any(fired_l > 0)
   mean = lambda x_l: jnp.sum(jnp.where(alive_l, x_l, 0)) / jnp.sum(alive_l)
   norm = lambda param: mean(jnp.linalg.norm(param[...], axis=1))
-  along = lambda x_bd: sharding.constrain(sae_lib.unit_rows(x_bd[drawn_l] + tiny), 'latent d_model')
+  # The same key: where the two are one, so are their random directions.
+  random = jax.random.fold_in(key, 1)
+  along = lambda x_bd: sharding.constrain(resample.directions(x_bd[drawn_l], random), 'latent d_model')
   rows = {'encoder': norm(sae.encoder) * along(x_bd), 'decoder': norm(sae.decoder) * along(error_bd)}
   rows |= {name: jnp.zeros(n_new) for name in _by_latent(sae) if name not in rows}
   if 'threshold' in rows:
@@ -264,7 +267,7 @@ def to_jumprelu(
 
   Args:
     of: the SAE, TopK, ReLU or JumpReLU, or the state of its training.
-    acts_bd: a sample of raw activations; memory grows with latents * tokens.
+    acts_bd: a sample of raw activations; the host's memory grows with l0 * tokens.
     l0: as wanted.
     ema: decay of the state's average, where it has one.
 
@@ -302,20 +305,34 @@ def _preacts(sae, acts_bd):
   return sharding.constrain(sae.preacts(sae.normalize(acts_bd)[0]), 'batch latent')
 
 
+def _largest(sae, acts_bd, n):
+  """Returns the n largest pre-activations of a sample, or all, descending, and how many of all are positive.
+
+  They are on the host, so that no more of the others are in memory than those of CHUNK tokens.
+  """
+  largest, n_positive = np.empty(0, np.float32), 0
+  for start in range(0, len(acts_bd), CHUNK):
+    preacts = np.asarray(_preacts(sae, acts_bd[start : start + CHUNK])).ravel()
+    n_positive += np.count_nonzero(preacts > 0)
+    if len(largest) == n:
+      preacts = preacts[preacts > largest.min()]
+    largest = np.concatenate([largest, preacts])
+    if len(largest) > n:
+      largest = np.partition(largest, -n)[-n:].copy()
+  return np.sort(largest)[::-1], n_positive
+
+
 def _threshold(sae, acts_bd, l0):
-  parts = [_preacts(sae, acts_bd[start : start + CHUNK]) for start in range(0, len(acts_bd), CHUNK)]
-  preacts_bl = jnp.concatenate(parts)
-  n_kept, n_positive = round(l0 * len(acts_bd)), int(jnp.sum(preacts_bl > 0))
+  n_kept = max(round(l0 * len(acts_bd)), 0)
+  largest, n_positive = _largest(sae, acts_bd, n_kept + 1)
   if not 1 <= n_kept <= n_positive:
     raise ValueError(
       f'no threshold gives an L0 of {l0:g}: the sample of {len(acts_bd)} tokens has '
       f'{n_positive / len(acts_bd):.1f} positive pre-activations a token; choose an L0 above 0 and below that'
     )
-  threshold = threshold_for(preacts_bl, n_kept)
-  if n_kept == preacts_bl.size:
-    return threshold
-  # Halfway to the next, so that no pre-activation that is computed with other roundings falls on the other side.
-  return jnp.maximum((threshold + threshold_for(preacts_bl, n_kept + 1)) / 2, 0)
+  # Just below the last that is kept, and halfway to the next, if there is one: no pre-activation that is computed with
+  # other roundings falls on the other side.
+  return max(np.nextafter(largest[n_kept - 1 :], np.float32(-np.inf)).mean(), np.float32(0))
 
 
 def restart(state: TrainState, ema: float = 0) -> TrainState:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jax_interp.sae import growth, losses, optimizer, train_step
-from models import activation_functions, sae, sharding
+from models import activation_functions, sae, sharding, topk
 
 B, D, L, K, WIDER, EMA, N_STEPS = 96, 12, 32, 4, 56, 0.9, 3
 N_DIRECTIONS = 80
@@ -157,6 +157,32 @@ def test_tokens_without_a_loss_are_not_drawn():
   assert sorted(cosines.argmax(1)) == list(range(WIDER - L))
 
 
+@pytest.mark.parametrize('size', [0, 1e-30])  # the square of the latter is 0
+def test_tokens_without_a_loss_that_are_drawn_all_the_same_give_other_directions(mesh, size):
+  """Of a sample of which fewer tokens have a loss than there are new latents."""
+  model = trained().sae
+  model.pre_bias[...] *= 0
+  model.latent_bias[...] = model.latent_bias[...] * 0 - 1e-3
+  wide = arrays(growth.widen(model, np.concatenate([size * ACTS, ACTS[:4]]), WIDER, jax.random.key(1)))
+  cosines = wide['decoder'][L:] @ wide['decoder'][L:].T
+  np.testing.assert_allclose(np.diag(cosines), 1, rtol=1e-5)
+  assert np.abs(cosines - np.diag(np.diag(cosines))).max() < 1 - 1e-3
+  assert np.isfinite(wide['encoder']).all()
+
+
+def test_of_a_constant_sample_new_latents_are_finite_and_do_no_harm(mesh):
+  acts = np.tile(ACTS[:1], (B, 1))
+  for targets in (None, acts):
+    model = sae.init_sae(jax.random.key(0), acts, L, K)
+    if targets is not None:
+      model = sae.as_transcoder(jax.random.key(3), model, targets)
+      model.out_bias[...] = jnp.asarray(acts[0]) * model.output_scale
+    model.pre_bias[...] = jnp.asarray(acts[0])  # to the last bit: there is no error
+    wide = growth.widen(model, acts, WIDER, jax.random.key(1), targets_bd=targets)
+    assert all(np.isfinite(x).all() for x in arrays(wide).values())
+    np.testing.assert_allclose(np.linalg.norm(arrays(wide)['decoder'], axis=1), 1, rtol=1e-5)
+
+
 def test_the_draws_do_not_depend_on_the_mesh():
   found = []
   for shape in [(1, 1), (2, 4)]:
@@ -226,6 +252,27 @@ def test_the_threshold_gives_the_l0_on_the_sample(mesh, l0):
   expected = (largest[n_kept - 1] + largest[n_kept]) / 2
   np.testing.assert_allclose(jump.activation.threshold[...], np.full(L, expected), rtol=1e-5)
   assert growth.fit(jump, ACTS).l0 == n_kept / B
+
+
+@pytest.mark.parametrize('chunk', [40, 1000])
+def test_the_threshold_is_exact_however_many_tokens_are_encoded_at_a_time(mesh, monkeypatch, chunk):
+  model = trained().sae
+  monkeypatch.setattr(growth, 'CHUNK', chunk)
+  monkeypatch.setattr(topk, 'MAX_COUNT', B * L // 2)  # no device counts the pre-activations of the whole sample
+  preacts = np.concatenate([growth._preacts(model, ACTS[i : i + chunk]) for i in range(0, B, chunk)]).ravel()
+  for n_kept in (1, 3 * B + 1, (preacts > 0).sum()):
+    larger, smaller = np.partition(preacts, [-n_kept - 1, -n_kept])[[-n_kept, -n_kept - 1]]
+    found = growth.to_jumprelu(model, ACTS, n_kept / B).activation.threshold[...]
+    np.testing.assert_allclose(found, max((larger + smaller) / 2, 0), rtol=1e-6)
+    assert (preacts > found[0]).sum() == n_kept
+  with pytest.raises(ValueError, match=f'has {(preacts > 0).sum() / B:.1f} positive pre-activations a token'):
+    growth.to_jumprelu(model, ACTS, ((preacts > 0).sum() + 1) / B)
+
+
+def test_a_threshold_below_all_pre_activations_keeps_them_all(mesh):
+  model = trained().sae
+  model.latent_bias[...] += 1000
+  assert growth.fit(growth.to_jumprelu(model, ACTS, L), ACTS).l0 == L
 
 
 def test_ties_at_the_threshold_are_all_on():
