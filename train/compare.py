@@ -70,7 +70,7 @@ def draw(results: dict[str, dict], path):
 
 
 def run(config, workdir):
-  """Compares the SAEs of config.sae.sweep, or returns when that is done.
+  """Compares the SAEs of config.sae.sweep that have not diverged, or returns when that is done.
 
   Raises:
     ValueError: there is no sweep, SAEs of it are transcoders, or the workdir was made with another config.
@@ -94,6 +94,7 @@ def run(config, workdir):
   n_batches = min(config.evaluate.n_tokens, windows_et.size) // (config.evaluate.batch_size * windows_et.shape[1])
   windows_et = windows_et[: n_batches * config.evaluate.batch_size]
   keep_nbt = text.kept(windows_et, text.special_ids(subject.tokenizer)).reshape(n_batches, -1, windows_et.shape[1])
+  members = {name: settings for name, settings in members.items() if not train_sae.diverged(workdir, name)}
   sites = tuple(dict.fromkeys(settings.site for settings in members.values()))
   captured = activations.stream(subject.model, windows_et, sites, config.evaluate.batch_size)
   acts = {site: [] for site in sites}

@@ -192,6 +192,11 @@ class Plan:
   ema: float
   settings: Mapping[str, Any]
 
+  @property
+  def calibrates(self) -> bool:
+    """Whether `finish` wants activations."""
+    return self.settings['recipe'] in ('batch_topk', 'matryoshka')
+
   def init(self, key, sample_bd: np.ndarray, target_sample_bd: np.ndarray | None = None) -> sae.SparseAutoencoder:
     """Returns a fresh SAE on the ambient mesh, a transcoder where there are targets.
 
@@ -239,8 +244,7 @@ class Plan:
     the one that training has averaged, which lags behind the weights.
     """
     kept = train_step.trained_sae(state, self.ema, self.recipe.unit_norm)
-    by_batch = self.settings['recipe'] in ('batch_topk', 'matryoshka')
-    if not by_batch:
+    if not self.calibrates:
       return kept
     threshold = state.threshold
     if acts_bd is not None:
@@ -279,7 +283,9 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
     raise ValueError(f'sae.{missing[0]} is missing, which the recipe {name!r} needs; configs/recipes.py:{name} has it')
   _check(s, target, settings.get('batch_size', 0))
   rate = s['learning_rate'] or optimizer.scaled_rate(s['n_latents'])
-  decay_steps = 0 if s['decay'] == 'constant' else math.ceil(s['decay_fraction'] * n_steps)
+  # Where nothing is trained no rate falls, and no step would do for it.
+  decay = 'constant' if not n_steps and s['decay'] in optimizer.DECAYS else s['decay']
+  decay_steps = 0 if decay == 'constant' else math.ceil(s['decay_fraction'] * n_steps)
   tx = optimizer.adam(
     rate,
     s['warmup_steps'],
@@ -287,7 +293,7 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
     s['clip'],
     s['adam_b1'],
     s['adam_b2'],
-    s['decay'],
+    decay,
     decay_steps,
     n_steps if decay_steps else 0,
     s.get('threshold_rate', 1),
@@ -308,6 +314,16 @@ def _check(s, target, batch_size):
     if field in s and s[field] not in known:
       raise ValueError(f'sae.{field} {s[field]!r} is unknown; choose one of {", ".join(known)}')
   sae.check_settings(s['n_latents'], s.get('k'), 'none')
+  for field in ('ema', 'adam_b1', 'adam_b2'):
+    if not 0 <= s[field] < 1:
+      raise ValueError(f'sae.{field} {s[field]} is not within 0 and 1, 1 left out')
+  for field in ('warmup_steps', 'clip', 'dead_tokens', 'auxk', 'auxk_coef', 'l1_coef', 'resample_every'):
+    if s.get(field, 0) < 0:
+      raise ValueError(f'sae.{field} {s[field]} is below 0')
+  if s.get('parity') and (s['recipe'] != 'topk' or target):
+    raise ValueError(
+      'sae.parity is of the recipe topk and no transcoder, as the trainer it compares with; set it to False'
+    )
   if s.get('threshold_rate', 1) <= 0:
     raise ValueError(f'sae.threshold_rate {s["threshold_rate"]} is not above 0; 1 is the rate of the weights')
   if 'prefixes' in s:

@@ -19,21 +19,27 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_interp import activations, store, text
 from jax_interp.sae import kernels, train_step
-from models import sae, sharding
+from models import sae, sharding, sites
 from train import capture, command, dashboards, processes, recipes, sweep, throughput, windows
 
 SAMPLE_TOKENS = 32_768  # for pre_bias and mse_scale, as OpenAI's trainer takes
+SCALES = 'scales.json'  # what inputs and targets of every SAE are multiplied by, which no checkpoint holds
+DIVERGED = 'diverged.json'  # of one SAE of a sweep, which trains on without it
+WAIT = 0.5  # seconds between looks at whether the command was asked to stop, while data is awaited
 SOURCES = ('store', 'live')
 # What changes how training is watched, and not the SAE: a run may go on with others.
 WATCHING = {'checkpoints': 2, 'spike_factor': 5.0, 'log_to': ''}
@@ -62,6 +68,12 @@ class _Member:
     return (self.settings.site, self.target_site) if self.target_site else (self.settings.site,)
 
 
+def diverged(workdir: pathlib.Path, name: str = '') -> str:
+  """Returns what was wrong with an SAE of a sweep, so that it was trained no further; '' if nothing was."""
+  path = sweep.folder(workdir, name) / 'sae' / DIVERGED
+  return json.loads(path.read_text('utf-8'))['why'] if path.exists() else ''
+
+
 def made_with(config, workdir) -> dict:
   """Returns all that the SAE, or the sweep, depends on."""
   settings = {field: value for field, value in config.sae.items() if field not in WATCHING}
@@ -77,7 +89,7 @@ def load(config, workdir) -> sae.SparseAutoencoder:
 
   Raises:
     FileNotFoundError: it is not finished.
-    ValueError: it was made with another config, or is one of a sweep, which config.sae_name has to name.
+    ValueError: it was made with another config, diverged, or is one of a sweep, which config.sae_name has to name.
   """
   if config.sae.get('sweep'):
     name, *_ = names = list(sweep.members(config))
@@ -85,21 +97,31 @@ def load(config, workdir) -> sae.SparseAutoencoder:
       f'sae.sweep trains {", ".join(names)}; choose one with --config.sae_name={name} '
       f'--workdir={sweep.folder(workdir, name)}'
     )
+  if why := diverged(workdir):
+    raise ValueError(f'{workdir} has no SAE: {why}')
   command.require(workdir / 'sae', made_with(config, workdir), 'train.sae')
   return sae.load_sae(workdir / 'sae' / 'final')
 
 
-def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
-  """Returns `batches(step, part, unit)`, which yields {site: activations [b, d]} as `activations.shuffled_batches`.
+class Streams(NamedTuple):
+  """Activations at several sites, of the same tokens.
 
-  They are of the same tokens at all sites.
+  Attributes:
+    batches: (step, part, unit) to an iterator of {site: activations [b, d]}, as `activations.shuffled_batches`.
+    widths: {site: d}.
   """
+
+  batches: Callable[..., Iterator[dict[str, np.ndarray]]]
+  widths: dict[str, int]
+
+
+def streams(config, workdir, names) -> Streams:
+  """Returns the activations at the sites of these names that config.sae.source has."""
   settings = config.sae
   if settings.source == 'store':
     saved = capture.open_store(config, workdir)
-    for site in sites:
-      saved.width(site)
-    readers, keep_et = {site: saved.reader(site) for site in sites}, saved.keep()
+    widths = {site: saved.width(site) for site in names}
+    readers, keep_et = {site: saved.reader(site) for site in names}, saved.keep()
   else:
     # Every process runs the model on its own devices: processes capture at different times, and wait for none.
     n_processes = processes.part()[1]
@@ -114,7 +136,9 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
       subject = command.subject(config, workdir)
       windows_et = windows.prepared(config, workdir, subject.tokenizer, 'train')
       windows_et = windows_et[: config.capture.n_tokens // windows_et.shape[1]]
-      readers = activations.live_readers(subject.model, windows_et, sites, n_examples, config.capture.dtype)
+      readers = activations.live_readers(subject.model, windows_et, names, n_examples, config.capture.dtype)
+      shapes = sites.site_shapes(subject.model, jnp.zeros((1, 1), jnp.int32), tuple(names))
+      widths = {site: shapes[site].shape[-1] for site in names}
     keep_et = text.kept(windows_et, text.special_ids(subject.tokenizer))
 
   def batches(step, part=(0, 1), unit=1):
@@ -127,13 +151,16 @@ def streams(config, workdir, sites) -> Callable[..., Iterator[dict[str, np.ndarr
     for rows in zip(*found, strict=True):
       yield dict(zip(readers, rows, strict=True))
 
-  return batches
+  return Streams(batches, widths)
 
 
 def _members(config, workdir) -> list[_Member]:
   settings = config.sae
   if settings.source not in SOURCES:
     raise ValueError(f'sae.source {settings.source!r} is unknown; choose one of {", ".join(SOURCES)}')
+  for field in ('batch_size', 'buffer_examples', 'steps_per_dispatch', 'checkpoint_every', 'log_every'):
+    if settings[field] < 1:
+      raise ValueError(f'sae.{field} {settings[field]} is less than 1')
   if _watching(settings, 'checkpoints') < 2:
     raise ValueError(
       f'sae.checkpoints {settings.checkpoints} is less than 2: only the step after it tells that the last one is good'
@@ -236,23 +263,19 @@ def run(config, workdir):
     if processes.on_first(lambda: _claim(config, workdir, members, made)):
       return
     with processes.together():
-      batches = streams(config, workdir, list(dict.fromkeys(site for member in members for site in member.sites)))
-    key = jax.random.key(config.seed)
-    with processes.together():
-      sample = first_tokens(batches, config.sae)
-    _settle_kernels(
-      config.sae, members, {site: x.shape[1] for site, x in sample.items()}, workdir / 'sae' / 'fastest.json'
-    )
-    states = {member.name: _fresh(member, sample, key) for member in members}
+      stream = streams(config, workdir, list(dict.fromkeys(site for member in members for site in member.sites)))
+    _settle_kernels(config.sae, members, stream.widths, workdir / 'sae' / 'fastest.json')
     checkpoints = held.enter_context(
       store.Checkpoints(workdir / 'sae' / 'checkpoints', _watching(config.sae, 'checkpoints'), scored=True)
     )
-    if checkpoints.steps():
+    key, saved = jax.random.key(config.seed), checkpoints.steps()
+    first = max(saved, default=0)
+    states = _fresh(config.sae, members, stream, key, workdir / 'sae' / SCALES, bool(saved))
+    if saved:
       # Not to hold both in memory.
       states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
       with processes.together():
         states = checkpoints.restore(states)
-    first = int(next(iter(states.values())).step)
     with processes.together():
       for member in members:
         member.log = command.MetricsLog(member.folder / 'metrics.jsonl', first)
@@ -263,11 +286,15 @@ def run(config, workdir):
         member.show = held.enter_context(shown)
     # Every process has as many tokens of each micro-batch: which it is goes by their place in the batch.
     unit = math.lcm(*(member.plan.settings['micro_batches'] for member in members))
-    dispatches = _dispatches(config.sae, first, batches(first, part, unit))
+    dispatches = _dispatches(config.sae, first, stream.batches(first, part, unit))
     states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
-    for member in members:
-      _finish(member, states[member.name], sample[member.settings.site])
+    with processes.together():
+      checkpoints.wait()
+    _finish(config.sae, [member for member in members if not diverged(workdir, member.name)], states, stream)
     processes.on_first(lambda: command.finish(workdir / 'sae'))
+    for member in members:
+      if (why := diverged(workdir, member.name)) and jax.process_index() == 0:
+        print(f'{member.folder} has no SAE: {why}', file=sys.stderr)
 
 
 def _claim(config, workdir, members, made) -> bool:
@@ -277,7 +304,9 @@ def _claim(config, workdir, members, made) -> bool:
       f'train.grow has begun in {workdir / "sae"} and not finished; run it again, or delete that folder to train from '
       'the start'
     )
-  if command.claim(workdir / 'sae', made) and all((member.folder / 'final').exists() for member in members):
+  if command.claim(workdir / 'sae', made) and all(
+    diverged(workdir, member.name) or (member.folder / 'final').exists() for member in members
+  ):
     return True
   for member in members:
     if not member.name:
@@ -293,25 +322,52 @@ def _claim(config, workdir, members, made) -> bool:
   return False
 
 
-def first_tokens(batches, settings) -> dict[str, jax.Array]:
-  """Returns {site: the first SAMPLE_TOKENS of the stream}, which fresh states depend on, in every process."""
-  found = list(itertools.islice(batches(0), math.ceil(SAMPLE_TOKENS / settings.batch_size)))
-  whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-  return {
-    site: jax.make_array_from_process_local_data(whole, np.concatenate([batch[site] for batch in found]))
-    for site in found[0]
-  }
+def first_tokens(stream: Streams, settings, n_tokens: int = SAMPLE_TOKENS) -> dict[str, jax.Array]:
+  """Returns {site: the first n_tokens of the stream [n_tokens, d]}, whole on every device, in every process."""
+  found = list(itertools.islice(stream.batches(0), math.ceil(n_tokens / settings.batch_size)))
+  return {site: _whole(np.concatenate([batch[site] for batch in found])[:n_tokens]) for site in found[0]}
 
 
-def _fresh(member, sample, key) -> train_step.TrainState:
-  plan, samples = member.plan, [sample[site] for site in member.sites]
-  return train_step.init_state(plan.init(key, *samples), samples[0], plan.tx, plan.ema, *samples[1:])
+def _whole(x):
+  """Returns what every process has, on every device."""
+  return jax.make_array_from_process_local_data(NamedSharding(jax.sharding.get_mesh(), PartitionSpec()), x)
+
+
+def _fresh(settings, members, stream, key, path, goes_on) -> dict[str, train_step.TrainState]:
+  """Returns the states that training begins with, or such as a checkpoint has.
+
+  Args:
+    settings: config.sae.
+    members: whose states they are.
+    stream: of activations; where training begins, its first tokens fix scales, pre-biases and mse_scale.
+    key: of the weights.
+    path: of the file of scales, which are parts of no checkpoint: written, or read where training goes on.
+    goes_on: whether there is a checkpoint, so that only scales, shapes and shardings matter.
+  """
+  scales = json.loads(path.read_text('utf-8')) if goes_on and path.exists() else {}
+  with processes.together():
+    if scales:
+      rng = np.random.default_rng(0)
+      sample = {site: _whole(rng.normal(size=(2, d)).astype(np.float32)) for site, d in stream.widths.items()}
+    else:
+      sample = first_tokens(stream, settings)
+  states, found = {}, {}
+  for member in members:
+    plan, samples = member.plan, [sample[site] for site in member.sites]
+    fresh = plan.init(key, *samples)
+    if scales:
+      fresh.input_scale, fresh.output_scale = scales[member.name]
+    found[member.name] = float(fresh.input_scale), float(fresh.output_scale)
+    states[member.name] = train_step.init_state(fresh, samples[0], plan.tx, plan.ema, *samples[1:])
+  if not scales:
+    processes.on_first(lambda: store.write_json(path, found))
+  return states
 
 
 def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax.Array]]]:
   """Yields the numbers of the steps that are dispatched together and {site: activations [step, batch, d]} on the mesh.
 
-  Another thread makes the next ones meanwhile.
+  Another thread makes the next ones meanwhile. One process that is asked to stop while it waits for them yields None.
   """
   n_steps, n_each = math.ceil(settings.tokens / settings.batch_size), settings.steps_per_dispatch
   by_token = NamedSharding(jax.sharding.get_mesh(), sharding.spec('step row d_model'))
@@ -331,6 +387,9 @@ def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax
   with contextlib.closing(batches), concurrent.futures.ThreadPoolExecutor(1) as thread:
     made = thread.submit(make, first)
     for step in itertools.count(first + n_each, n_each):
+      while not concurrent.futures.wait([made], WAIT).done:
+        if jax.process_count() == 1 and command.stopping():  # several look together, after a dispatch
+          yield None
       if (item := made.result()) is None:
         return
       made = thread.submit(make, step)
@@ -380,15 +439,20 @@ def flops(trained: sae.SparseAutoencoder, l0: float) -> float:
 
 def _train(settings, members, states, checkpoints, dispatches, key, first) -> dict[str, train_step.TrainState]:
   n_steps = math.ceil(settings.tokens / settings.batch_size)
-  clock = _Clock(throughput.peak('float32')[0])
+  clock, done, score = _Clock(throughput.peak('float32')[0]), first, math.inf
+  members = [member for member in members if not (member.folder / DIVERGED).exists()]
   total, initial = (steps * settings.batch_size for steps in (n_steps, first))
   with contextlib.closing(dispatches), command.progress(None, total, 'train.sae', 'tokens', initial) as bar:
     while True:
       with clock.waiting(), processes.together():
-        steps, acts = next(dispatches, (None, None))
-      if steps is None:
+        item = next(dispatches, None)
+      if item is None:
+        if done < n_steps:
+          checkpoints.save(done, states, score)
+          _stop(checkpoints, done, n_steps)
         return states
-      before, done, found = steps[0] - 1, steps[-1], {}
+      (steps, acts), before, found = item, done, {}
+      done = steps[-1]
       with activations.DISPATCHING:
         for member in members:
           plan, (acts_sbd, *targets) = member.plan, [acts[site] for site in member.sites]
@@ -396,31 +460,40 @@ def _train(settings, members, states, checkpoints, dispatches, key, first) -> di
             states[member.name], acts_sbd, plan.tx, plan.recipe, plan.ema, *targets
           )
       found = jax.device_get(found)  # waits for the steps
+      bad = {name: _not_finite(steps, metrics['loss']) for name, metrics in found.items()}
+      members = _without_diverged(members, bad, checkpoints)
+      found = {member.name: found[member.name] for member in members}
       for member in members:
-        _check_losses(settings, member, steps, found[member.name]['loss'], checkpoints)
+        _check_spikes(settings, member, steps, found[member.name]['loss'], checkpoints)
         plan, name = member.plan, member.name
         with activations.DISPATCHING:
           states[name] = plan.between(states[name], before, acts[member.settings.site], key)
-        clock.add(len(steps) * settings.batch_size, len(steps) * settings.batch_size * _flops(states, found, name))
+      n_tokens = len(steps) * settings.batch_size
+      score = np.mean([metrics['normalized_mse'].mean() for metrics in found.values()]).item()
+      clock.add(n_tokens, n_tokens * sum(_flops(states, found, name) for name in found))
       lines = [i for i, step in enumerate(steps) if step % settings.log_every == 0 or step == n_steps]
       times = clock.read(anew=bool(lines))
-      for member, i in itertools.product(members, lines):
-        _log(member, steps[i], found[member.name], i, times)
+      if lines:
+        with processes.together():  # a disk may be full
+          for member, i in itertools.product(members, lines):
+            _log(member, steps[i], found[member.name], i, times)
       bar.set_postfix(_status(found, times), refresh=False)
       bar.update(len(steps) * settings.batch_size)
       # Asked once: what is said to be saved is saved.
       stopping = processes.any_of(command.stopping())
       if stopping or done == n_steps or done // settings.checkpoint_every > before // settings.checkpoint_every:
-        if not _finite(states):
-          _forget_after(checkpoints, before)
-          raise ValueError(_bad('the weights are not finite', done, checkpoints))
-        score = np.mean([metrics['normalized_mse'].mean() for metrics in found.values()]).item()
+        bad = {name: '' if _finite(states[name]) else (done, before, 'the weights are not finite') for name in found}
+        members = _without_diverged(members, bad, checkpoints)
         checkpoints.save(done, states, score)
       if stopping and done < n_steps:
-        checkpoints.wait()
-        raise command.Stopped(
-          f'step {done} of {n_steps} is saved in {checkpoints.folder.parent}; run the same command to go on'
-        )
+        _stop(checkpoints, done, n_steps)
+
+
+def _stop(checkpoints, step, n_steps):
+  checkpoints.wait()
+  raise command.Stopped(
+    f'step {step} of {n_steps} is saved in {checkpoints.folder.parent}; run the same command to go on'
+  )
 
 
 def _flops(states, found, name):
@@ -455,25 +528,65 @@ def _all_finite(states):
   return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
 
 
-def _finite(states) -> bool:
+def _finite(state) -> bool:
   with activations.DISPATCHING:
-    found = _all_finite(states)
+    found = _all_finite(state)
   return bool(found)
 
 
-def _check_losses(settings, member, steps, loss_s, checkpoints):
-  """Raises if a loss is not finite or spikes, when what could hold the cause is no longer among the checkpoints."""
-  bad_s, what = ~np.isfinite(loss_s), 'is not finite'
+def _not_finite(steps, loss_s) -> tuple[int, int, str] | None:
+  """Returns the step, the last one before it whose weights were good, and what is wrong; None if nothing is."""
+  bad_s = ~np.isfinite(loss_s)
+  step = steps[bad_s.argmax()]
+  return (step, step - 2, 'the loss is not finite') if bad_s.any() else None  # it tells of the weights before the step
+
+
+def _without_diverged(members, bad, checkpoints) -> list[_Member]:
+  """Returns the SAEs that are finite; of others a file says so, and their folder gets no final SAE.
+
+  Args:
+    members: the SAEs.
+    bad: {name: as `_not_finite`}.
+    checkpoints: where nothing else is, those that may not be finite go.
+
+  Raises:
+    ValueError: none is left.
+  """
+  left = [member for member in members if not bad[member.name]]
+  if left == members:
+    return members
+  if not left:
+    step, good, what = bad[members[0].name]
+    _forget_after(checkpoints, good)
+    raise ValueError(f'{_bad(_of(members[0], what), step, checkpoints.steps(), checkpoints)}, in another --workdir')
+  for member in members:
+    if bad[member.name]:
+      step, good, what = bad[member.name]
+      steps = [saved for saved in checkpoints.steps() if saved <= good]
+      said = f'{_bad(_of(member, what), step, steps, checkpoints)}, in another --workdir or sweep'
+      processes.on_first(lambda: store.write_json(member.folder / DIVERGED, {'step': step, 'why': said}))  # noqa: B023
+      logging.warning('%s; the others train on', said)
+  return left
+
+
+def _check_spikes(settings, member, steps, loss_s, checkpoints):
+  """Raises if a loss spikes. All checkpoints stay: with another sae.spike_factor the run goes on."""
   factor = _watching(settings, 'spike_factor')
-  if factor and not bad_s.any() and len(member.logged) >= SPIKE_LEAST:
-    usual = statistics.median(member.logged)
-    bad_s = (loss_s > factor * usual) & (np.array(steps) > member.settings.get('warmup_steps', 0))
-    what = f'is more than {factor:g} times {usual:.4g}, the median of the last {len(member.logged)} that were logged'
+  if not factor or len(member.logged) < SPIKE_LEAST:
+    return
+  usual = statistics.median(member.logged)
+  bad_s = (loss_s > factor * usual) & (np.array(steps) > member.settings.get('warmup_steps', 0))
   if bad_s.any():
     step = steps[bad_s.argmax()]
-    _forget_after(checkpoints, step - 2)  # the loss of a step tells of the state before it
-    said = _bad(f'the loss{f" of {member.name}" * bool(member.name)} {what}', step, checkpoints)
-    raise ValueError(said if 'finite' in what else f'{said}, or raise sae.spike_factor to go on')
+    what = f'the loss is more than {factor:g} times {usual:.4g}, the median of the last {len(member.logged)} logged'
+    saved = [saved for saved in checkpoints.steps() if saved <= step - 2]
+    raise ValueError(
+      f'{_bad(_of(member, what), step, saved, checkpoints)}, in another --workdir, or raise sae.spike_factor to go on'
+    )
+
+
+def _of(member, what):
+  return f'{member.name}: {what}' if member.name else what
 
 
 def _forget_after(checkpoints, step):
@@ -482,20 +595,22 @@ def _forget_after(checkpoints, step):
       checkpoints.delete(saved)
 
 
-def _bad(what, step, checkpoints) -> str:
-  last = max(checkpoints.steps(), default=None)
-  kept = (
-    'there is no checkpoint yet' if last is None else f'the last good checkpoint is {checkpoints.folder / str(last)}'
-  )
-  return f'{what} at step {step}; {kept}. Lower sae.learning_rate or set sae.clip, in another --workdir'
+def _bad(what, step, good, checkpoints) -> str:
+  kept = f'the last good checkpoint is {checkpoints.folder / str(max(good))}' if good else 'there is no checkpoint yet'
+  return f'{what} at step {step}; {kept}. Lower sae.learning_rate or set sae.clip'
 
 
-def _finish(member, state, sample_bd):
-  kept = member.plan.finish(state, sample_bd)
-  if jax.process_count() > 1:  # process 0 writes all of it
-    kept = jax.jit(lambda x: x, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(kept)
-  processes.on_first(lambda: sae.save(member.folder / 'final', kept))
-  processes.on_first(lambda: command.finish(member.folder))
+def _finish(settings, members, states, stream):
+  sample = {}
+  if any(member.plan.calibrates for member in members):
+    with processes.together():
+      sample = first_tokens(stream, settings, recipes.CALIBRATION_TOKENS)
+  for member in members:
+    kept = member.plan.finish(states[member.name], sample.get(member.settings.site))
+    if jax.process_count() > 1:  # process 0 writes all of it
+      kept = jax.jit(lambda x: x, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(kept)
+    processes.on_first(lambda: sae.save(member.folder / 'final', kept))  # noqa: B023
+    processes.on_first(lambda: command.finish(member.folder))  # noqa: B023
 
 
 if __name__ == '__main__':

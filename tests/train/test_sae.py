@@ -1,13 +1,17 @@
 """train.sae: from a store or the live model, one or many, stopped or killed and resumed to the same numbers."""
 
+import concurrent.futures
+import errno
 import itertools
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -325,7 +329,7 @@ def test_a_stopped_sweep_resumes_to_bit_identical_weights(mesh, activations, mon
 def test_rows_of_several_sites_are_of_the_same_tokens(one_device, activations):
   streams = train_sae.streams(config_of(activations), activations, [SITE, OTHER_SITE])
   for part in ((0, 1), (1, 2)):
-    for batch in itertools.islice(streams(3, part), 50):
+    for batch in itertools.islice(streams.batches(3, part), 50):
       np.testing.assert_allclose(batch[OTHER_SITE], 2 * batch[SITE][:, :D_OTHER] + 1, rtol=1e-5)
 
 
@@ -354,6 +358,11 @@ def test_the_live_model_gives_what_its_store_gives(mesh, tmp_path):
     ({'source': 'disk'}, "sae.source 'disk' is unknown; choose one of store, live"),
     ({'site': 'h.9.resid.post_mlp'}, "are of h.1.resid.post_mlp, h.2.resid.post_mlp, not 'h.9.resid.post_mlp'"),
     ({'checkpoints': 1}, 'sae.checkpoints 1 is less than 2'),
+    ({'log_every': 0}, 'sae.log_every 0 is less than 1'),
+    ({'checkpoint_every': 0}, 'sae.checkpoint_every 0 is less than 1'),
+    ({'ema': 1.0}, 'sae.ema 1.0 is not within 0 and 1, 1 left out'),
+    ({'clip': -1.0}, 'sae.clip -1.0 is below 0'),
+    ({'parity': True, 'recipe': 'multi_topk'}, 'sae.parity is of the recipe topk'),
     ({'log_to': 'paper'}, "sae.log_to 'paper' is unknown; choose one of tensorboard, wandb, or leave it empty"),
     ({'sweep': ({'batch_size': 64},)}, 'sae.sweep overrides batch_size, which all SAEs of a stream share'),
     ({'sweep': ({'n_latens': 64},)}, "overrides 'n_latens', which is no field of sae; the nearest are n_latents"),
@@ -417,6 +426,114 @@ def test_weights_that_are_not_finite_are_not_saved(one_device, activations, monk
     train_sae.run(config, activations)
 
 
+def test_an_sae_of_a_sweep_that_diverges_leaves_the_others_as_they_are(one_device, activations, monkeypatch, capsys):
+  config = config_of(activations, sweep=({'name': 'good'}, {'name': 'bad', 'k': 8}), checkpoint_every=2)
+  train_steps = train_sae.train_step.train_steps
+
+  def poisoned(state, acts_sbd, tx, recipe, *args):
+    bad = recipe.levels[0][0] == 8 and state.step >= 6
+    return train_steps(state, acts_sbd * np.nan if bad else acts_sbd, tx, recipe, *args)
+
+  monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
+  asked = itertools.count(1)
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 5)  # and goes on without it
+  with pytest.raises(command.Stopped, match='step 10 of 12'):
+    train_sae.run(config, activations)
+  train_sae.run(config, activations)
+  said = r'bad: the loss is not finite at step 7; the last good checkpoint is .*/sae/checkpoints/4\. Lower'
+  assert re.search(said, capsys.readouterr().err)
+  assert [line['step'] for line in metrics(activations / 'sweep' / 'bad')] == [2, 4, 6]
+  assert not (activations / 'sweep' / 'bad' / 'sae' / 'final').exists()
+  with pytest.raises(ValueError, match=said):
+    train_sae.load(alone(config, 'bad'), activations / 'sweep' / 'bad')
+  train_sae.run(alone(config, 'good'), activations / 'alone')
+  assert_same(activations / 'sweep' / 'good', activations / 'alone')
+  train_sae.run(config, activations)
+  assert 'is done already' in capsys.readouterr().out
+
+
+def test_a_sweep_of_which_none_is_left_ends(one_device, activations, monkeypatch):
+  config = config_of(activations, sweep=({'name': 'one'}, {'name': 'other', 'k': 8}), steps_per_dispatch=1)
+  poison(monkeypatch, 6)
+  with pytest.raises(ValueError, match=r'one: the loss is not finite at step 7; the last good checkpoint is .*/4\.'):
+    train_sae.run(config, activations)
+
+
+def test_a_sweep_counts_the_tokens_of_its_stream_once(one_device, activations, monkeypatch):
+  counted, add = [], train_sae._Clock.add
+  monkeypatch.setattr(train_sae._Clock, 'add', lambda clock, n, flops: counted.append(n) or add(clock, n, flops))
+  train_sae.run(config_of(activations, sweep=({'name': 'one'}, {'name': 'other', 'k': 8})), activations)
+  assert sum(counted) == N_STEPS * BATCH
+
+
+def test_going_on_reads_no_sample_and_keeps_its_scales(one_device, activations, monkeypatch):
+  config = config_of(activations, normalization='expected_average')
+  train_sae.run(config, activations / 'whole')
+  asked = itertools.count(1)
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
+  with pytest.raises(command.Stopped):
+    train_sae.run(config, activations / 'stopped')
+  monkeypatch.setattr(train_sae, 'first_tokens', None)
+  train_sae.run(config, activations / 'stopped')
+  assert_same(activations / 'stopped', activations / 'whole')
+  found = sae_lib.load_sae(activations / 'stopped' / 'sae' / 'final')
+  assert found.input_scale == sae_lib.load_sae(activations / 'whole' / 'sae' / 'final').input_scale != 1
+
+
+@pytest.mark.parametrize('n_before', [0, 3])
+def test_asked_to_stop_while_it_waits_for_data_it_saves_at_once(one_device, activations, monkeypatch, n_before):
+  config, come = config_of(activations, steps_per_dispatch=1, checkpoint_every=100), threading.Event()
+  streams, wait = train_sae.streams, concurrent.futures.wait
+
+  def slow(*args):
+    found = streams(*args)
+
+    def batches(step, *part):
+      for number, batch in enumerate(found.batches(step, *part)):
+        if part and number == n_before:
+          come.wait(600)
+        yield batch
+
+    return found._replace(batches=batches)
+
+  def waiting(futures, timeout):
+    done = wait(futures, timeout if futures[0].done() else 0.1)
+    monkeypatch.setattr(command, 'stopping', lambda: not done.done)
+    return done
+
+  waited = store.Checkpoints.wait
+  with monkeypatch.context() as patched:
+    patched.setattr(train_sae, 'streams', slow)
+    patched.setattr(train_sae.concurrent.futures, 'wait', waiting)
+    patched.setattr(
+      store.Checkpoints, 'wait', lambda saved: stopped(saved) or (len(saved._manager.all_steps()) and come.set())
+    )
+    with pytest.raises(command.Stopped, match=f'step {n_before} of 12 is saved'):
+      train_sae.run(config, activations / 'stopped')
+  monkeypatch.setattr(command, 'stopping', lambda: False)
+  for name in ('stopped', 'whole'):
+    train_sae.run(config, activations / name)
+  assert_same(activations / 'stopped', activations / 'whole')
+
+
+def test_it_is_done_when_the_last_checkpoint_is_on_the_disk(one_device, activations, monkeypatch):
+  save, wait, saved = store.Checkpoints.save, store.Checkpoints.wait, []
+
+  def full(checkpoints):
+    if N_STEPS in saved:
+      raise OSError(errno.ENOSPC, 'No space left on device', 'checkpoints')
+    wait(checkpoints)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(store.Checkpoints, 'save', lambda to, step, *args: saved.append(step) or save(to, step, *args))
+    patched.setattr(store.Checkpoints, 'wait', full)
+    with pytest.raises(OSError, match='No space left'):
+      train_sae.run(config_of(activations), activations)
+  assert not (activations / 'sae' / 'DONE').exists()
+  train_sae.run(config_of(activations), activations)
+  assert (activations / 'sae' / 'DONE').exists()
+
+
 @pytest.mark.parametrize(('factor', 'resumed'), [(5.0, False), (5.0, True), (0.0, False)])
 def test_a_loss_that_spikes_stops_the_run(one_device, activations, monkeypatch, factor, resumed):
   """After a resumption too: what is usual is read from the log."""
@@ -437,11 +554,12 @@ def test_a_loss_that_spikes_stops_the_run(one_device, activations, monkeypatch, 
     train_sae.run(config, activations)
     return
   message = (
-    r'loss is more than 5 times .*, the median of the last \d+ that were logged at step 21; .*checkpoints/1[68]\.'
+    r'loss is more than 5 times .*, the median of the last \d+ logged at step 21; .*checkpoints/1[68]\. .*'
+    'in another --workdir, or raise sae.spike_factor to go on'
   )
   with pytest.raises(ValueError, match=message):
     train_sae.run(config, activations)
-  assert store.latest_step(activations / 'sae' / 'checkpoints') in (16, 18)
+  assert store.latest_step(activations / 'sae' / 'checkpoints') == 20  # which going on with another factor begins at
 
 
 def test_watching_may_change_when_a_run_goes_on_and_the_best_checkpoint_stays(one_device, activations, monkeypatch):
