@@ -219,7 +219,10 @@ def _settle_kernels(settings, members, widths, path):
           raise ValueError(f'{e}; {way_out}') from e
 
   def measure(member):
-    measured = {'kernels': kernels.fastest, 'compute_dtype': kernels.fastest_dtype}
+    measured = {
+      'kernels': lambda *sizes: kernels.fastest(*sizes, n_shards),
+      'compute_dtype': kernels.fastest_dtype,
+    }
     return {
       field: run(*sizes(member)) for field, run in measured.items() if member.plan.settings[field] == recipes.AUTO
     }

@@ -446,13 +446,29 @@ def check(name: str, n_latents: int, d: int, k: int):
     raise ValueError(f"kernels '{name}' are wrong on this machine: gradients are off by {apart:.2g} of the largest")
 
 
+def n_looked_at(k: int, n_shards: int) -> int:
+  """Returns how many of its candidates a shard looks at first, of which those that win are the first.
+
+  With S shards k / S of a token's k winners are a shard's on average; six standard deviations and six more of a Poisson
+  distribution with that mean are left to chance.
+  """
+  mean = k / n_shards
+  return min(k, math.ceil(mean + 6 * mean**0.5 + 6))
+
+
 @functools.cache
-def fastest(n_latents: int, d: int, k: int) -> str:
+def fastest(n_latents: int, d: int, k: int, n_shards: int = 1) -> str:
   """Returns the name of the kernels that are fastest on one device of this machine at these sizes, by trying them.
 
-  Sparse ones move k rows a token where dense ones multiply by all: which wins depends on n_latents / k against the
-  ratio of the machine's FLOP/s to the bytes it gathers a second (some 300 to 1,000 on accelerators). On a GPU 'pallas'
-  are tried if they give what 'sparse' give there.
+  Sparse ones move some rows a token, k of one shard and fewer of several, where dense ones multiply by all: which wins
+  depends on n_latents over their number against the ratio of the machine's FLOP/s to the bytes it gathers a second
+  (some 300 to 1,000 on accelerators). On a GPU 'pallas' are tried if they give what 'sparse' give there.
+
+  Args:
+    n_latents: of a shard.
+    d: their width.
+    k: latents of a token, of all shards.
+    n_shards: of how many this is one.
   """
   x_bd, w_ld, bias_l = _probe(n_latents, d)
 
@@ -465,6 +481,7 @@ def fastest(n_latents: int, d: int, k: int) -> str:
     return jax.tree.map(jnp.sum, _update(kernels, *args))  # allocating the gradients would be most of the time
 
   *latents, _ = select(KERNELS['sparse'], x_bd, w_ld, bias_l)
+  latents = [x_bk[:, : n_looked_at(k, n_shards)] for x_bk in latents]
   names = [name for name in KERNELS if name != 'pallas']
   if jax.default_backend() == 'gpu':
     try:

@@ -249,6 +249,25 @@ def test_what_is_fastest_is_measured_once(fastest, known, k):
   assert measure.cache_info().misses == misses
 
 
+@pytest.mark.parametrize(('n_shards', 'n_rows'), [(1, 40), (4, 35), (40, 13)])
+def test_kernels_are_timed_on_the_rows_a_shard_looks_at_and_the_fastest_is_chosen(monkeypatch, n_shards, n_rows):
+  seen, update, times = set(), kernels._update, {'sparse': 2.0, 'sorted': 1.0, 'dense': 3.0}
+
+  def updating(chosen, x_bd, w_ld, values_bk, indices_bk):
+    seen.add((values_bk.shape[1], indices_bk.shape[1]))
+    return update(chosen, x_bd, w_ld, values_bk, indices_bk)
+
+  def seconds(runs):
+    for run in runs.values():
+      run()
+    return {name: times[name] for name in runs}
+
+  monkeypatch.setattr(kernels, '_update', updating)
+  monkeypatch.setattr(kernels, '_seconds', seconds)
+  assert kernels.fastest.__wrapped__(L, D, 40, n_shards) == 'sorted'
+  assert seen == {(n_rows, n_rows)}
+
+
 def test_bfloat16_has_to_be_clearly_faster(monkeypatch):
   for seconds, expected in ((0.5, 'bfloat16'), (0.99, 'float32'), (1.5, 'float32')):
     monkeypatch.setattr(kernels, '_seconds', lambda runs, of=seconds: {'float32': 1.0, 'bfloat16': of})
