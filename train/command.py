@@ -134,6 +134,17 @@ def sentence(e: Exception) -> str:
   return ' '.join(str(e).split())
 
 
+class _Lines:
+  """stderr that is no terminal: each state of a bar is a line."""
+
+  def write(self, text: str):
+    if line := text.strip():
+      sys.stderr.write(f'{line}\n')
+
+  def flush(self):
+    sys.stderr.flush()
+
+
 def progress(iterable: Iterable | None, total: int, desc: str, unit: str, initial: int = 0, scale: float = 1):
   """Returns a tqdm bar with rate and time left; `.set_postfix(loss=...)` adds the number that matters.
 
@@ -144,7 +155,7 @@ def progress(iterable: Iterable | None, total: int, desc: str, unit: str, initia
     unit: such as 'tokens'.
     scale: units an item stands for, such as the tokens of a batch.
   """
-  interval = 0.2 if sys.stderr.isatty() else 10  # a log file wants a line now and then
+  terminal = sys.stderr.isatty()
   return tqdm.tqdm(
     iterable,
     desc,
@@ -152,7 +163,8 @@ def progress(iterable: Iterable | None, total: int, desc: str, unit: str, initia
     unit=f' {unit}',
     initial=initial,
     unit_scale=scale if scale != 1 else True,
-    mininterval=interval,
+    mininterval=0.2 if terminal else 10,  # a log file wants a line now and then
+    file=sys.stderr if terminal else _Lines(),
     disable=jax.process_index() > 0,  # one bar for all
   )
 

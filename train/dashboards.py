@@ -25,7 +25,8 @@ def writer(
     folder: where event files, or Weights & Biases' own, are left; it also identifies the run that goes on.
     name: shown.
     settings: shown beside the run.
-    step: the one that training starts from or resumes at; what was written of later ones is forgotten.
+    step: the one that training starts from or resumes at. What TensorBoard has of later ones is forgotten; Weights &
+      Biases keeps it, the same numbers, but for those of time.
 
   Raises:
     ValueError: log_to is unknown.

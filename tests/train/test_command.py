@@ -111,3 +111,17 @@ def test_a_tokenizer_of_another_model_and_an_odd_dtype_are_told(tmp_path):
   config.model.dtype = 'bfloat16'
   with jax.set_mesh(sharding.make_mesh()), pytest.raises(ValueError, match='has 4096 tokens, the model only 101'):
     command.subject(config, tmp_path)
+
+
+def test_in_a_file_every_state_of_a_bar_is_a_line(capsys, monkeypatch):
+  monkeypatch.setattr(command.tqdm.tqdm, 'monitor_interval', 0)
+  with command.progress(None, 3, 'stage', 'tokens') as bar:
+    for _ in range(3):
+      bar.set_postfix(loss=0.5, refresh=False)
+      bar.update(1)
+      bar.refresh()
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) >= 4
+  assert all(line.startswith('stage: ') for line in lines)
+  assert '3.00/3.00' in lines[-1]
+  assert 'loss=0.5' in lines[-1]

@@ -560,7 +560,7 @@ def test_a_loss_that_spikes_stops_the_run(one_device, activations, monkeypatch, 
   assert store.latest_step(activations / 'sae' / 'checkpoints') == 20  # which going on with another factor begins at
 
 
-def test_watching_may_change_when_a_run_goes_on_and_the_best_checkpoint_stays(one_device, activations, monkeypatch):
+def test_watching_may_change_when_a_run_goes_on(one_device, activations, monkeypatch):
   asked = itertools.count(1)
   monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
   with pytest.raises(command.Stopped):
@@ -568,7 +568,6 @@ def test_watching_may_change_when_a_run_goes_on_and_the_best_checkpoint_stays(on
   train_sae.run(config_of(activations, checkpoints=3, spike_factor=0.0, checkpoint_every=4), activations)
   with store.Checkpoints(activations / 'sae' / 'checkpoints', 3, scored=True) as checkpoints:
     assert checkpoints.steps()[-3:] == [6, 8, 12]
-    assert checkpoints.best() in checkpoints.steps()
 
 
 class FakeTensorBoard(types.SimpleNamespace):
