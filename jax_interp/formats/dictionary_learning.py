@@ -99,20 +99,24 @@ def _load(path: pathlib.Path, use_threshold: bool | None) -> _Folder:
   config = files.field(config_path, files.read_json(config_path), 'trainer', dict)
   kind = files.field(config_path, config, 'dict_class', str)
   if kind not in _DIMS:
-    raise ValueError(f'{path}: its dict_class is {kind!r}; supported: {", ".join(_DIMS)}')
+    raise ValueError(f'{path}: its dict_class is {files.shown(kind)}; supported: {", ".join(_DIMS)}')
   found = torch_files.read(path / _WEIGHTS)
   if kind not in _TOPK:
     if use_threshold is not None:
       raise ValueError(f'{path}: {kind} encodes in one way; use_threshold is of {", ".join(_TOPK)}')
     return _Folder(kind, files.checked(path / _WEIGHTS, found, _DIMS[kind]), None)
-  stored_k, k = found.pop('k', None), config.get('k')
-  k = int(stored_k) if isinstance(stored_k, np.ndarray) and stored_k.shape == () else k
+  k = found.pop('k', config.get('k'))
+  if isinstance(k, np.ndarray) and k.shape == () and k.dtype.kind in 'iu':
+    k = int(k)
   if type(k) is not int or config.get('k', k) != k:
-    raise ValueError(f'{path}: k is {k!r} in {_WEIGHTS} and {config.get("k")!r} in {_CONFIG}; make them one')
+    there = files.shown(config.get('k'))
+    raise ValueError(f'{path}: k is {files.shown(k)} in {_WEIGHTS} and {there} in {_CONFIG}; make them one')
   found.setdefault('threshold', np.asarray(_UNSET, np.float32))  # earlier versions have none
   tensors = files.checked(path / _WEIGHTS, found, _DIMS[kind], ('group_sizes',))  # all groups are active
   if not (kind != 'AutoEncoderTopK' if use_threshold is None else use_threshold):
-    return _Folder(kind, tensors, k)
+    folder = _Folder(kind, tensors, k)
+    files.active(path, {'k': k}, len(folder.bias_l))
+    return folder
   if tensors['threshold'] < 0:
     raise ValueError(
       f'{path}: its threshold is {float(tensors["threshold"])}, so none was measured; read it as TopK of each '

@@ -1,24 +1,20 @@
 """The files of Gemma Scope (`params.npz`): JumpReLU SAEs and transcoders that do not subtract b_dec from inputs."""
 
+import os
 import pathlib
-import zipfile
-import zlib
 
 import numpy as np
 
 from jax_interp.formats import files, plain
 from models import sae as sae_lib
 
+_UNPACKED = 100  # times the file's size are its arrays at most: weights hardly shrink, what is to fill memory by 1000
 _DIMS = {'W_enc': 'dl', 'W_dec': 'lo', 'b_enc': 'l', 'b_dec': 'o', 'threshold': 'l'}
 
 
 def detect(path: str | pathlib.Path) -> bool:
   """Returns whether there is an .npz file with an encoder."""
-  path = pathlib.Path(path)
-  if not path.is_file() or not zipfile.is_zipfile(path):
-    return False
-  with zipfile.ZipFile(path) as archive:
-    return 'W_enc.npy' in archive.namelist()
+  return 'W_enc.npy' in files.zip_entries(path)
 
 
 def read(path: str | pathlib.Path, transcoder: bool = False) -> tuple[dict[str, np.ndarray], dict]:
@@ -47,12 +43,14 @@ def read(path: str | pathlib.Path, transcoder: bool = False) -> tuple[dict[str, 
 
 def _load(path):
   path = pathlib.Path(path)
-  try:
-    with np.load(path, allow_pickle=False) as file:  # of a .npy file, an array, which has no such end
-      found = dict(file)
-  except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-    raise ValueError(f'{path} is no whole .npz file of arrays ({e}); fetch it again') from e
-  if 'scaling_factor' in found and not np.all(found.pop('scaling_factor') == 1):
+  with open(path, 'rb') as file, files.reading(path, 'is no whole .npz file of arrays'):
+    with np.load(file, allow_pickle=False) as archive:  # of a .npy file, an array, which has no such end
+      n_bytes = sum(entry.file_size for entry in archive.zip.infolist())
+      if n_bytes > _UNPACKED * os.fstat(file.fileno()).st_size:
+        raise ValueError(f'it would unpack to {n_bytes} bytes')
+      found = dict(archive)
+    unscaled = np.all(found.pop('scaling_factor', 1) == 1)
+  if not unscaled:
     raise ValueError(f'{path}: scaling_factor is not 1; multiply the rows of W_dec by it, and leave it out')
   return files.checked(path, found, _DIMS)
 

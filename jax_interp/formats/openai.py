@@ -4,7 +4,6 @@ Their code normalises the input of TopK, and of nothing else.
 """
 
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -13,17 +12,14 @@ from models import sae as sae_lib
 
 _DIMS = {'encoder.weight': 'ld', 'decoder.weight': 'dl', 'latent_bias': 'l', 'pre_bias': 'd'}
 _STATISTICS = ('stats_last_nonzero', 'latents_activation_frequency', 'latents_mean_square')  # of training
+_ACTIVATION = {'activation', 'activation_state_dict'}
 _TIED = 'decoder.linear.weight'  # the encoder again, where both are one matrix
 _EPS = 1e-5  # added to the standard deviation when it divides
 
 
 def detect(path: str | pathlib.Path) -> bool:
   """Returns whether there is a file of torch.save."""
-  path = pathlib.Path(path)
-  if not path.is_file() or not zipfile.is_zipfile(path):
-    return False
-  with zipfile.ZipFile(path) as archive:
-    return any(name.endswith('/data.pkl') for name in archive.namelist())
+  return any(name.endswith('/data.pkl') for name in files.zip_entries(path))
 
 
 def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -49,21 +45,22 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
 def _load(path):
   path = pathlib.Path(path)
   found = torch_files.read(path)
-  activation, state = found.pop('activation', 'ReLU'), found.pop('activation_state_dict', {})
-  tensors = {name: value for name, value in found.items() if not str(name).startswith('activation.')}
+  activation = files.field(path, found, 'activation', str, 'ReLU')
+  tensors = {name: found[name] for name in found.keys() - _ACTIVATION if not name.startswith('activation.')}
   if 'decoder.weight' not in tensors and isinstance(tensors.get('encoder.weight'), np.ndarray):
     tensors['decoder.weight'] = tensors['encoder.weight'].T
   tensors = files.checked(path, tensors, _DIMS, (*_STATISTICS, _TIED))
   if activation not in ('TopK', 'ReLU'):
     raise ValueError(
-      f'{path}: its activation is {activation!r}; ours has TopK and ReLU, whose latents are never negative, and '
-      'no other of theirs can be read'
+      f'{path}: its activation is {files.shown(activation)}; ours has TopK and ReLU, whose latents are never '
+      'negative, and no other of theirs can be read'
     )
   if activation == 'ReLU':
     return tensors, activation, None
-  if not isinstance(state, dict) or state.get('postact_fn', 'ReLU') != 'ReLU':
-    raise ValueError(f'{path}: the state of its TopK is {state!r}; ours has the postact_fn ReLU alone')
-  return tensors, activation, files.field(path, state, 'k', int)
+  state = files.field(path, found, 'activation_state_dict', dict, {})
+  if files.field(path, state, 'postact_fn', str, 'ReLU') != 'ReLU':
+    raise ValueError(f'{path}: the state of its TopK is {files.shown(state)}; ours has the postact_fn ReLU alone')
+  return tensors, activation, files.active(path, state, len(tensors['latent_bias']))
 
 
 def write(path: str | pathlib.Path, sae: sae_lib.SparseAutoencoder):

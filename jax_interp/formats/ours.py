@@ -4,13 +4,20 @@ import pathlib
 
 import numpy as np
 
-from jax_interp.formats import plain
+from jax_interp.formats import files, plain
+from models import activation_functions
 from models import sae as sae_lib
+
+_WEIGHTS, _CONFIG = 'sae.safetensors', 'config.json'
+_SCALES = ('input_scale', 'output_scale')
+_SETTINGS = {'activation', 'normalization', *_SCALES}  # and k of topk
+_DIMS = {'pre_bias': 'd', 'out_bias': 'o', 'encoder': 'ld', 'skip': 'od'}  # the others' are 'l'
+_TRANSCODER = ('out_bias', 'skip')
 
 
 def detect(path: str | pathlib.Path) -> bool:
   """Returns whether there is a folder of ours."""
-  return all((pathlib.Path(path) / name).is_file() for name in ('sae.safetensors', 'config.json'))
+  return all((pathlib.Path(path) / name).is_file() for name in (_WEIGHTS, _CONFIG))
 
 
 def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -18,11 +25,26 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
 
   Raises:
     FileNotFoundError: there is no SAE in the folder.
-    ValueError: a file is damaged.
+    ValueError: a file is damaged, or they are no SAE.
   """
-  sae = sae_lib.load_sae(path)
-  arrays = {name: np.asarray(param[...]) for name, param in sae_lib.named_parameters(sae).items()}
-  return arrays, sae_lib.settings_of(sae)
+  config_path, weights_path = (pathlib.Path(path) / name for name in (_CONFIG, _WEIGHTS))
+  config = files.read_json(config_path)
+  kind = files.field(config_path, config, 'activation', str, 'topk')
+  if kind not in activation_functions.BY_NAME:
+    known = ', '.join(activation_functions.BY_NAME)
+    raise ValueError(f'{config_path}: its activation is {files.shown(kind)}; supported: {known}')
+  if unknown := config.keys() - (_SETTINGS | {'k'} if kind == 'topk' else _SETTINGS):
+    raise ValueError(f'{config_path}: a {kind} SAE has no settings {files.shown(sorted(unknown))}; leave them out')
+  found = files.read_safetensors(weights_path)
+  needed = (*sae_lib.PARAMETERS, *activation_functions.BY_NAME[kind].parameters)
+  dims = {name: _DIMS.get(name, 'l') for name in (*needed, *(name for name in _TRANSCODER if name in found))}
+  arrays = files.checked(weights_path, found, dims | {'decoder': 'lo' if 'out_bias' in found else 'ld'})
+  settings = {'activation': kind, 'normalization': files.field(config_path, config, 'normalization', str, 'none')}
+  if kind == 'topk':
+    settings['k'] = files.active(config_path, config, len(arrays['encoder']))
+  settings |= {name: files.scale(config_path, config, name) for name in _SCALES if name in config}
+  with files.reading(path, 'cannot be built', f'look at its {_CONFIG}'):  # such as a skip without an out_bias
+    return arrays, sae_lib.settings_of(sae_lib.build(arrays, settings))
 
 
 def write(path: str | pathlib.Path, sae: sae_lib.SparseAutoencoder):

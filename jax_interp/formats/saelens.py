@@ -5,8 +5,8 @@ ReLU and JumpReLU, with and without a skip.
 """
 
 import json
-import math
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ _OWN = {  # what an architecture has beside W_enc, W_dec and b_dec
   'jumprelu_skip_transcoder': ('b_enc', 'threshold', 'W_skip'),
 }
 _ACTIVATIONS = {'standard': 'relu', 'topk': 'topk', 'jumprelu': 'jumprelu', 'gated': 'gated'}
+_MAY_BE_NULL = ('metadata', 'activation_fn_kwargs')
 _VERSION = '6.0.0'  # the first whose settings are named as we write them
 _EPS = 1e-5  # added to the standard deviation when it divides
 
@@ -101,15 +102,15 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
 def _load(path: pathlib.Path) -> _Folder:
   config_path = path / _CONFIG
   config = _current(config_path, files.read_json(config_path))
-  architecture = config.get('architecture', 'standard')
+  architecture = files.field(config_path, config, 'architecture', str, 'standard')
   if architecture not in _OWN:
     raise ValueError(
-      f'{path}: its architecture is {architecture!r}; supported: {", ".join(_OWN)}. A training checkpoint of batchtopk '
-      'or matryoshka_batchtopk becomes jumprelu by save_inference_model of SAELens'
+      f'{path}: its architecture is {files.shown(architecture)}; supported: {", ".join(_OWN)}. A training '
+      'checkpoint of batchtopk or matryoshka_batchtopk becomes jumprelu by save_inference_model of SAELens'
     )
   if config.get('reshape_activations', 'none') != 'none':
     raise ValueError(
-      f'{path}: it takes {config["reshape_activations"]} apart by heads, and ours takes vectors; set '
+      f'{path}: it takes {files.shown(config["reshape_activations"])} apart by heads, and ours takes vectors; set '
       "reshape_activations to 'none' in cfg.json, and give it the heads' channels one after another"
     )
   normalization, scale = _normalization(path, config)
@@ -119,30 +120,32 @@ def _load(path: pathlib.Path) -> _Folder:
       f'{path}: a transcoder that normalises its input ({normalization}) and not its skip is none of ours; fold the '
       "normalisation into the weights, and set normalize_activations to 'none'"
     )
+  is_topk = architecture == 'topk'
   return _Folder(
     tensors,
     architecture,
-    files.field(config_path, config, 'k', int) if architecture == 'topk' else None,
-    bool(config.get('apply_b_dec_to_input', True)),
+    files.active(config_path, config, len(tensors['b_enc'])) if is_topk else None,
+    files.field(config_path, config, 'apply_b_dec_to_input', bool, True),
     normalization,
-    architecture == 'topk' and bool(config.get('rescale_acts_by_decoder_norm', False)),
+    is_topk and files.field(config_path, config, 'rescale_acts_by_decoder_norm', bool, False),
     scale,
   )
 
 
 def _current(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
   """Returns the settings as SAELens 6 names them."""
-  metadata = config.get('metadata') or {}
-  major = str(config.get('sae_lens_version') or metadata.get('sae_lens_version') or 0).split('.')[0]
-  if major.isdigit() and int(major) >= 6:
+  config = {name: value for name, value in config.items() if value is not None or name not in _MAY_BE_NULL}
+  metadata = files.field(path, config, 'metadata', dict, {})
+  version = str(config.get('sae_lens_version') or metadata.get('sae_lens_version'))
+  if re.match(r'[6-9]|[1-9]\d', version):
     return config
-  config = dict(config)
   activation = config.get('activation_fn_str', config.get('activation_fn', 'relu'))
   if activation == 'topk':
-    config |= {'architecture': 'topk', 'k': (config.get('activation_fn_kwargs') or {}).get('k', config.get('k'))}
+    arguments = files.field(path, config, 'activation_fn_kwargs', dict, {})
+    config |= {'architecture': 'topk', 'k': arguments.get('k', config.get('k'))}
   elif activation != 'relu':
-    raise ValueError(f'{path}: its activation_fn is {activation!r}; ours are relu and topk')
-  normalize = config.get('normalize_activations') or 'none'
+    raise ValueError(f'{path}: its activation_fn is {files.shown(activation)}; ours are relu and topk')
+  normalize = config.get('normalize_activations') or 'none'  # earlier still, whether to
   config['normalize_activations'] = 'expected_average_only_in' if normalize is True else normalize
   if 'hook_z' in str(config.get('hook_name', config.get('hook_point', ''))):
     config.setdefault('reshape_activations', 'hook_z')
@@ -155,8 +158,9 @@ def _normalization(path: pathlib.Path, config: dict[str, Any]) -> tuple[str, flo
     return {'none': 'none', 'layer_norm': 'layer_norm_std'}[theirs], 1.0
   if theirs != 'expected_average_only_in':
     raise ValueError(
-      f'{path}: normalize_activations is {theirs!r}, which ours has not (none, layer_norm and expected_average_only_in '
-      'are known); covariance_whitening can be folded into the weights by fold_activation_whitening of SAELens, and '
+      f'{path}: normalize_activations is {files.shown(theirs)}, which ours has not (none, layer_norm and '
+      'expected_average_only_in are known); covariance_whitening can be folded into the weights by '
+      'fold_activation_whitening of SAELens, and '
       "for constant_norm_rescale, set it to 'none' and give the SAE inputs of norm sqrt(d_in)"
     )
   if not (path / _SCALER).is_file():
@@ -164,10 +168,7 @@ def _normalization(path: pathlib.Path, config: dict[str, Any]) -> tuple[str, flo
       f'{path}: it was trained on inputs times a factor (expected_average_only_in) that the folder does not tell; add '
       f'{_SCALER} with {{"scaling_factor": NUMBER}}, or fold it by fold_activation_norm_scaling_factor of SAELens'
     )
-  scale = files.read_json(path / _SCALER).get('scaling_factor')
-  if type(scale) not in (int, float) or not 0 < scale < math.inf:
-    raise ValueError(f'{path / _SCALER}: scaling_factor is {scale!r}, not a number above 0; complete the file')
-  return 'constant', float(scale)
+  return 'constant', files.scale(path / _SCALER, files.read_json(path / _SCALER), 'scaling_factor')
 
 
 def _tensors(path: pathlib.Path, architecture: str) -> dict[str, np.ndarray]:

@@ -54,15 +54,18 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
 def _load(path: pathlib.Path) -> _Folder:
   config_path = path / _CONFIG
   config = files.read_json(config_path)
-  activation = config.get('activation', 'topk')
-  if activation != 'topk' or config.get('signed'):
+  activation = files.field(config_path, config, 'activation', str, 'topk')
+  signed, skips, transcodes = (
+    files.field(config_path, config, name, bool, False) for name in ('signed', 'skip_connection', 'transcode')
+  )
+  if activation != 'topk' or signed:
     raise ValueError(
-      f'{path}: its activation is {"signed " * bool(config.get("signed"))}{activation}; ours has topk of what is '
-      'positive alone, and no other of theirs can be read'
+      f'{path}: its activation is {"signed " * signed}{activation}; ours has topk of what is positive alone, and no '
+      'other of theirs can be read'
     )
-  skip = {'W_skip': 'dd'} if config.get('skip_connection') else {}
-  tensors = files.checked(path / _WEIGHTS, files.read_safetensors(path / _WEIGHTS), {**_DIMS, **skip})
-  return _Folder(tensors, files.field(config_path, config, 'k', int), bool(config.get('transcode')))
+  dims = {**_DIMS, 'W_skip': 'dd'} if skips else _DIMS
+  tensors = files.checked(path / _WEIGHTS, files.read_safetensors(path / _WEIGHTS), dims)
+  return _Folder(tensors, files.active(config_path, config, len(tensors['encoder.bias'])), transcodes)
 
 
 def write(path: str | pathlib.Path, sae: sae_lib.SparseAutoencoder):

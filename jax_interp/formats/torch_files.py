@@ -6,6 +6,7 @@ plain dicts and arrays by them, and raises at any other.
 """
 
 import math
+import os
 import pathlib
 import pickle
 import pickletools
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from jax_interp.formats import files
 
 _TENSOR, _PARAMETER = 'torch._utils _rebuild_tensor_v2', 'torch._utils _rebuild_parameter'
 _DICT = 'collections OrderedDict'
@@ -34,6 +37,8 @@ _STORAGES = {
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
 _VALUES = ('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE', 'SHORT_BINUNICODE')
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+_MOST_BYTES = 2**20  # of a pickle: enough for 5000 tensors, and so few that its steps and values stay few
+_MOST_DIMENSIONS, _MOST_ARGUMENTS = 32, 7  # of a tensor, and of the function that puts it together
 _ALIGNMENT = 64  # of tensors in the file, so that torch can map it into memory
 _ZIP_HEADER, _ZIP64_FIELD = 30, 20  # bytes before an entry's name, and of the field that large entries have
 
@@ -54,17 +59,15 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
     ValueError: the file is damaged, is of torch before 1.6, is no dict, or asks for anything but what is named above;
       nothing of it has then been run.
   """
-  path = pathlib.Path(path)
-  try:
-    with zipfile.ZipFile(path) as archive:
-      found = _read(archive)
-  except zipfile.BadZipFile as e:
-    raise ValueError(
-      f'{path} is no whole file of torch.save ({e}); fetch it again, or, if it is of torch before 1.6, load and '
-      'save it with a newer torch'
-    ) from e
-  except (ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError) as e:
-    raise ValueError(f'{path} is damaged or not to be trusted: {e}; nothing of it was run') from e
+  advice = (
+    'it is no whole file of torch.save (of torch before 1.6, load and save it with a newer torch), and nothing of it '
+    'was run'
+  )
+  reading = files.reading(path, 'is damaged or not to be trusted', advice)
+  with open(path, 'rb') as file, reading, zipfile.ZipFile(file) as archive:
+    if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
+      raise ValueError('its entries are larger than the file, so they are compressed or overlap')
+    found = _read(archive)
   if not isinstance(found, dict):
     raise ValueError(f'{path} holds {type(found).__name__} and not a dict of tensors; save the state_dict alone')
   return found
@@ -84,6 +87,8 @@ def _read(archive: zipfile.ZipFile):
       raise ValueError(f'its storage {key} is of {len(data)} bytes, not {n} x {dtype.itemsize}')
     return np.frombuffer(data, dtype)
 
+  if (n_bytes := archive.getinfo(pickles[0]).file_size) > _MOST_BYTES:
+    raise ValueError(f'its pickle is of {n_bytes} bytes, more than a dict of tensors needs (at most {_MOST_BYTES})')
   return _run(_bytes(archive, pickles[0]), storage)
 
 
@@ -95,7 +100,11 @@ def _bytes(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _run(pickled: bytes, storage: Callable[[str, str, int], np.ndarray]):
-  """Returns what a pickle builds, of the instructions that plain data need; see the module."""
+  """Returns what a pickle builds, of the instructions that plain data need; see the module.
+
+  What it builds may be nested without end, or hold itself many times over: only what is a string or a number is
+  hashed, compared or printed as a whole.
+  """
   stack: list = []
   marks: list[int] = []
   memo: dict[int, Any] = {}
@@ -144,7 +153,8 @@ def _run(pickled: bytes, storage: Callable[[str, str, int], np.ndarray]):
         stack.append(memo[argument])
       case 'SETITEM' | 'SETITEMS':
         pairs = since_mark() if opcode.name == 'SETITEMS' else [stack.pop(-2), stack.pop()]
-        _of_type(stack[-1], dict).update(zip(pairs[::2], pairs[1::2], strict=True))
+        keys = [_of_type(key, str) for key in pairs[::2]]
+        _of_type(stack[-1], dict).update(zip(keys, pairs[1::2], strict=True))
       case 'APPEND' | 'APPENDS':
         values = since_mark() if opcode.name == 'APPENDS' else [stack.pop()]
         _of_type(stack[-1], list).extend(values)
@@ -155,10 +165,10 @@ def _run(pickled: bytes, storage: Callable[[str, str, int], np.ndarray]):
         stack.append(name(f'{module} {attribute}'))
       case 'BINPERSID':
         tag, kind, key, _, n = _of_type(stack.pop(), tuple)
-        if tag != 'storage' or not isinstance(kind, _Name) or kind.name not in _STORAGES or type(n) is not int:
-          raise ValueError(f'its pickle refers to {tag!r} {kind!r}, which is no storage of a tensor')
-        if (kind, key) not in storages:
-          storages[kind, key] = storage(kind.name, _of_type(key, str), n)
+        if _of_type(tag, str) != 'storage' or _of_type(kind, _Name).name not in _STORAGES:
+          raise ValueError(f'its pickle refers to {tag!r} {kind.name!r}, which is no storage of a tensor')
+        if (kind, _of_type(key, str)) not in storages:
+          storages[kind, key] = storage(kind.name, key, _of_type(n, int))
         stack.append(storages[kind, key])
       case 'REDUCE':
         arguments = _of_type(stack.pop(), tuple)
@@ -179,18 +189,20 @@ def _of_type(value, kind: type):
 
 def _rebuilt(function, arguments: tuple):
   """Returns what one of the three functions that such a pickle calls gives."""
-  if function == _Name(_DICT) and not arguments:
+  called = _of_type(function, _Name).name
+  if called == _DICT and not arguments:
     return {}
-  if function == _Name(_PARAMETER):
+  if called == _PARAMETER:
     tensor, _, _ = arguments
     return _of_type(tensor, np.ndarray)
-  if function != _Name(_TENSOR):
-    raise ValueError(f'its pickle calls {function!r} with {len(arguments)} arguments')
+  if called != _TENSOR or len(arguments) > _MOST_ARGUMENTS:
+    raise ValueError(f'its pickle calls {called} with {len(arguments)} arguments')
   storage, offset, shape, strides, *_ = arguments
   _of_type(storage, np.ndarray)
-  numbers = (offset, *_of_type(shape, tuple), *_of_type(strides, tuple))
-  if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
-    raise ValueError(f'it has a tensor of shape {shape!r}, strides {strides!r} and offset {offset!r}')
+  n_dimensions, n_strides = len(_of_type(shape, tuple)), len(_of_type(strides, tuple))
+  numbers = (offset, *shape, *strides)
+  if n_dimensions != n_strides or n_dimensions > _MOST_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
+    raise ValueError(f'it has a tensor of {files.shown({"offset": offset, "shape": shape, "strides": strides})}')
   n = math.prod(shape)
   last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if n else 0
   if n > storage.size or last >= storage.size > 0:

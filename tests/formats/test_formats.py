@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import struct
+import zipfile
 
 import jax
 import ml_dtypes
@@ -247,6 +249,34 @@ def test_openai_files_that_are_not_sound_are_refused(tmp_path, changes, message)
     openai.read(_openai(tmp_path / 'a.pt', **changes))
 
 
+def _error(function, *arguments) -> str | None:
+  """Returns what a ValueError says that the function raises, if it does."""
+  try:
+    function(*arguments)
+  except ValueError as e:
+    return str(e)
+  return None
+
+
+@pytest.mark.parametrize('form', [openai, gemma_scope], ids=_id)
+def test_any_damage_of_an_archive_is_an_error_that_names_it(tmp_path, form):
+  path = tmp_path / 'sae'
+  form.write(path, saes.sae('relu'))
+  whole = path.read_bytes()
+  directory = whole.index(b'PK\1\2')
+  # Its signature, the version that it wants, flags (encrypted, patched, strongly encrypted), its compression.
+  damages = [(0, 0), (6, 255), (8, 1), (8, 0x20), (8, 0x40), (10, 99)]
+  rng = np.random.default_rng(0)
+  damages += [(rng.integers(len(whole) - directory), rng.integers(256)) for _ in range(300)]
+  for i, (at, value) in enumerate(damages):
+    damaged = bytearray(whole)
+    damaged[directory + at] = value
+    path.write_bytes(damaged)
+    for function in (form.detect, form.read):
+      error = _error(function, path)
+      assert error.startswith(f'{path} ') if error else function is form.detect or i >= 6
+
+
 # SAELens
 
 
@@ -356,12 +386,106 @@ def test_damaged_folders_say_which_file(tmp_path):
   weights.write_bytes(weights.read_bytes()[:-3])
   with pytest.raises(ValueError, match=r'sae_weights\.safetensors is damaged'):
     saelens.read(path)
+  header = json.dumps({'W_enc': {'dtype': 'F32', 'shape': [1] * 90, 'data_offsets': [0, 4]}}).encode()
+  weights.write_bytes(struct.pack('<Q', len(header)) + header + bytes(4))
+  with pytest.raises(ValueError, match=r'sae_weights\.safetensors is damaged: maximum supported dimension'):
+    saelens.read(path)
   for damage in ('{"a', '[]', ''):
     (path / 'cfg.json').write_text(damage)
     with pytest.raises(ValueError, match=r'cfg\.json (is damaged|holds list)'):
       saelens.read(path)
   with pytest.raises(FileNotFoundError):
     saelens.read(tmp_path / 'absent')
+
+
+def _others(settings):
+  """Yields these settings with one more, and with any of them, of its parts too, absent or of another value or type."""
+  yield settings | {'surplus': 1}
+  for name, value in settings.items():
+    yield {other: settings[other] for other in settings if other != name}
+    for wrong in (None, True, -1, 0, 1.5, 1e-60, 10**400, 'x', '3', [], ['x'], {}, {'k': [3]}):
+      yield settings | {name: wrong}
+    if isinstance(value, dict):
+      yield from (settings | {name: other} for other in _others(value))
+
+
+@pytest.mark.parametrize('kind', ['ours', 'saelens', 'saelens before 6', 'saelens scaler', 'sparsify', 'topk', 'batch'])
+def test_whatever_settings_say_is_read_or_named_with_its_file(tmp_path, kind):
+  path, name = tmp_path / 'sae', 'cfg.json'
+  if kind == 'ours':
+    form, name = ours, 'config.json'
+    ours.write(path, saes.sae('topk', **SQUARE))
+  elif kind in ('topk', 'batch'):
+    form, name = dictionary_learning, 'config.json'
+    _dictionary(path, {'topk': 'AutoEncoderTopK', 'batch': 'BatchTopKSAE'}[kind], changes={'k': None})
+  elif kind == 'sparsify':
+    form = sparsify
+    _sparsify(path, {'transcode': False, 'activation': 'topk', 'signed': False})
+  else:
+    form = saelens
+    old = {'metadata': None, 'activation_fn_str': 'topk', 'activation_fn_kwargs': {'k': 3}, 'hook_name': 'x'}
+    kept = {'normalize_activations': 'none', 'rescale_acts_by_decoder_norm': True, 'reshape_activations': 'none'}
+    _saelens(path, old if 'before' in kind else kept, architecture='topk')
+    if 'scaler' in kind:
+      _saelens(path.with_name('scaled'), {'normalize_activations': 'expected_average_only_in'}).rename(path / 'more')
+      path, name = path / 'more', 'activation_scaler.json'
+      (path / name).write_text('{"scaling_factor": 0.25}')
+  settings = json.loads((path / name).read_text())
+  assert form.outputs(path, saes.inputs())[0].any()
+  n_refused = 0
+  for other in _others(settings):
+    (path / name).write_text(json.dumps(other))
+    error = _error(lambda: (sae_lib.build(*form.read(path)), form.outputs(path, saes.inputs())))
+    n_refused += error is not None
+    assert error is None or (str(path) in error and len(error) < 2000), (other, error)
+  assert n_refused > 10
+  for document in (b'[' * 100_000, b'{"k": ' * 100_000, b'null', b'3', b'"x"', b'\xff\xfe', b''):
+    (path / name).write_bytes(document)
+    with pytest.raises(ValueError, match=rf'{name} (is damaged|holds \w+ and no settings)'):
+      form.read(path)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'surplus': 1}, r"config\.json: a topk SAE has no settings \['surplus'\]; leave them out"),
+    ({'k': '3'}, "k is '3', not of type int"),
+    ({'k': 11}, 'k is 11, not within 1 and the 10 latents of the weights'),
+    ({'activation': 'swish'}, "its activation is 'swish'; supported: topk, relu"),
+    ({'activation': 'relu'}, r"a relu SAE has no settings \['k'\]"),
+    ({'normalization': 'whiten'}, "sae cannot be built: normalization 'whiten' is unknown"),
+    ({'input_scale': 0}, 'input_scale is 0, not a positive number'),
+    ({'input_scale': 'x'}, "input_scale is 'x', not a positive number"),
+  ],
+)
+def test_folders_of_ours_that_are_not_sound_are_refused(tmp_path, settings, message):
+  path = tmp_path / 'sae'
+  ours.write(path, saes.sae('topk'))
+  config = json.loads((path / 'config.json').read_text())
+  (path / 'config.json').write_text(json.dumps(config | settings))
+  with pytest.raises(ValueError, match=message):
+    ours.read(path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'array', 'message'),
+  [
+    ('encoder', np.zeros(6, np.float32), r'encoder has the shape \[6\], not \[l, d\]'),
+    ('decoder', np.zeros((10, 7), np.float32), r'decoder has the shape \[10, 7\], not \[l, d\] with l=10, d=6'),
+    ('decoder', np.zeros((), np.float32), r'decoder has the shape \[\]'),
+    ('latent_bias', np.zeros(10, np.int32), 'latent_bias is of type I32'),
+    ('threshold', np.zeros(10, np.float32), r"look at \['threshold'\]"),
+    ('skip', np.zeros((6, 6), np.float32), 'a skip connection is of a transcoder'),
+  ],
+)
+def test_weights_of_ours_that_are_not_sound_are_refused(tmp_path, name, array, message):
+  path = tmp_path / 'sae'
+  ours.write(path, saes.sae('topk'))
+  tensors = safetensors.numpy.load_file(path / 'sae.safetensors')
+  (path / 'sae.safetensors').write_bytes(safetensors.numpy.save(tensors | {name: array}))
+  with pytest.raises(ValueError, match=message) as e:
+    ours.read(path)
+  assert str(path) in str(e.value)
 
 
 # sparsify
@@ -535,7 +659,33 @@ def test_gemma_scope_files_that_are_not_sound_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r'params\.npz'):
       gemma_scope.read(path)
+  structured = np.zeros(3, [('a', np.float32)])
+  with pytest.raises(ValueError, match=r'params\.npz'):
+    gemma_scope.read(_gemma(path, scaling_factor=structured))
+  with pytest.raises(ValueError, match='would unpack to 40001184 bytes'):
+    gemma_scope.read(_gemma(path, b_enc=np.zeros(10**7, np.float32)))
   np.save(path.open('wb'), np.zeros(3))
   with pytest.raises(ValueError, match=r'params\.npz'):
     gemma_scope.read(path)
   assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+  'header',
+  [
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1180591620717411303424,)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}",
+    "{'descr': 3, 'fortran_order': False, 'shape': (4,)}",
+    '1' + '+1' * 4000,
+    '-' * 9000 + '1',
+    '(' * 3000,
+  ],
+  ids=['vast', 'overflow', 'bool', 'type', 'sum', 'minus', 'brackets'],
+)
+def test_headers_of_arrays_that_are_not_sound_are_refused(tmp_path, header):
+  path, text = tmp_path / 'params.npz', header.encode() + b'\n'
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('W_enc.npy', b'\x93NUMPY\x02\x00' + struct.pack('<I', len(text)) + text + bytes(16))
+  with pytest.raises(ValueError, match=r'params\.npz is no whole \.npz file of arrays: .+; fetch it again'):
+    gemma_scope.read(path)

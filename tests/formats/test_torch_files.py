@@ -1,7 +1,10 @@
 import contextlib
 import io
 import os
+import pathlib
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from jax_interp.formats import torch_files
 
+ROOT = pathlib.Path(__file__).parents[2]
 VALUES = {
   'a': np.arange(6, dtype=np.float32).reshape(2, 3),
   'transposed': np.arange(20, dtype=np.float64).reshape(4, 5).T,
@@ -174,6 +178,69 @@ def test_what_no_dict_of_tensors_needs_is_refused(tmp_path, name):
     torch_files.read(path)
 
 
+VALUES_WITHOUT_END = {
+  'doubled': b')' + b'q\x00h\x00\x86' * 60,  # 2^60 empty tuples to whoever hashes or prints it
+  'nested': b')' + b'\x85' * 150_000,  # whoever hashes it overflows the stack
+}
+PLACES = {  # of such a value, V
+  'a key': b'}VK\x01s.',
+  'keys': b'}(VK\x01K\x01K\x01u.',
+  'a key of a storage': STORAGE.replace(b'X\x01\x00\x00\x000', b'V') + b'.',
+  'a tag of a storage': STORAGE.replace(b'X\x07\x00\x00\x00storage', b'V') + b'.',
+  'a kind of a storage': STORAGE.replace(b'ctorch\nFloatStorage\n', b'V') + b'.',
+  'a size of a storage': STORAGE.replace(b'K\x06', b'V') + b'.',
+  'a function': b'V)R.',
+  'a module': b'V\x8c\x06system\x93.',
+  'an offset': TENSOR + b'(' + STORAGE + b'VK\x02\x85K\x01\x85tR.',
+  'a shape': TENSOR + b'(' + STORAGE + b'K\x00VK\x01\x85tR.',
+  'a size': TENSOR + b'(' + STORAGE + b'K\x00V\x85K\x01\x85tR.',
+}
+VAST = {
+  'many lists': b'(' + b']' * 2**22 + b't.',
+  'a product of long numbers': (
+    TENSOR + b'(' + STORAGE + b'K\x00(\x8a\xff' + b'\x7f' * 255 + b'q\x01' + b'h\x01' * 400_000 + b'tq\x02h\x02tR.'
+  ),
+  'long arguments, time and again': (
+    b'(%bq\x01(%bK\x00K\x02\x85K\x01\x85' % (TENSOR, STORAGE)
+    + b'N' * 400_000
+    + b'tq\x02R'
+    + b'h\x01h\x02R' * 100_000
+    + b't.'
+  ),
+  'a long name': b'c' + b'x' * 10**6 + b'\nsystem\n.',
+}
+
+
+def test_what_would_take_for_ever_is_refused_at_once(tmp_path):
+  """In another process: a reader that is too patient, or crashes, must not take the tests with it."""
+  pickles = VAST | {
+    f'{place}, {kind}': around.replace(b'V', value)
+    for place, around in PLACES.items()
+    for kind, value in VALUES_WITHOUT_END.items()
+  }
+  paths = [
+    _zip(tmp_path / f'{name}.pt', b'\x80\x02' + pickled, {'data/0': bytes(24)}) for name, pickled in pickles.items()
+  ]
+  program = """if True:
+    import sys
+    from jax_interp.formats import torch_files
+    for path in sys.argv[1:]:
+      print(path, flush=True)
+      try:
+        torch_files.read(path)
+      except ValueError as e:
+        print(e, flush=True)
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', program, *paths], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+  )
+  lines = done.stdout.splitlines()
+  assert lines[::2] == [str(path) for path in paths]
+  for path, error in zip(paths, lines[1::2], strict=True):
+    assert error.startswith(f'{path} is damaged or not to be trusted: ')
+    assert len(error) < 2000
+
+
 def test_the_pieces_of_those_attacks_are_sound(tmp_path):
   pickled = b'\x80\x02' + TENSOR + b'(' + STORAGE + b'K\x00K\x02K\x03\x86K\x03K\x01\x86\x89' + DICT + b')RtR.'
   path = _zip(
@@ -217,6 +284,7 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
   path = tmp_path / 'b.pt'
   for kwargs, message in (
     ({'compression': zipfile.ZIP_DEFLATED}, 'compressed'),
+    ({'compression': zipfile.ZIP_DEFLATED, 'entries': {'data/0': bytes(1000)}}, 'larger than the file'),
     ({'entries': {'byteorder': b'big'}}, 'little-endian'),
     ({'root': ''}, '0 entries data.pkl'),
     ({'root': 'deeper/archive/'}, '0 entries data.pkl'),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jax_interp.formats import gemma_scope, ours, saelens
+from jax_interp.formats import gemma_scope, openai, ours, saelens
 from models import sae as sae_lib
 from models import sharding
 from tests.formats import saes
@@ -142,6 +142,16 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, flags, message
   assert printed.count('error: ') == 1
   assert message in printed
   assert [path.name for path in tmp_path.iterdir()] == ['sae']
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+  path = tmp_path / '8.pt'
+  openai.write(path, saes.sae('relu'))
+  path.write_bytes(path.read_bytes().replace(b'PK\1\2', b'PK\0\0'))  # its directory; the end of it is as it was
+  for from_format in (None, 'openai'):
+    with pytest.raises(ValueError, match=r'8\.pt is .*Bad magic number'):
+      convert.convert(path, tmp_path / 'out', 'ours', from_format)
+  assert [found.name for found in tmp_path.iterdir()] == ['8.pt']
 
 
 def test_options_of_reading_are_passed_on(tmp_path):
