@@ -1,8 +1,9 @@
 """Makes of a trained SAE the one that config.sae describes: wider, smaller, of another k, or JumpReLU instead of TopK.
 
 --start is the workdir that holds it, finished or stopped in its training, or an SAE's folder. What differs is changed
-in this order: dead latents go, as far as --prune or a smaller sae.n_latents asks for it; new ones come, until there are
-sae.n_latents; sae.k; a threshold for an L0 of sae.target_l0 or, without that, of k. See `jax_interp.sae.growth`.
+in this order: sae.k, if it is smaller; dead latents go, as far as --prune or a smaller sae.n_latents asks for it; new
+ones come, until there are sae.n_latents; sae.k, if it is larger; a threshold for an L0 of sae.target_l0 or, without
+that, of k. See `jax_interp.sae.growth`. What inputs, and a transcoder's targets, are multiplied by stays.
 
 Leaves workdir/sae/checkpoints/0, from which train.sae trains on with the same config and --workdir, at step 0 of that
 config; and workdir/sae/grown.json. With --config.sae.tokens=0 it leaves workdir/sae/final instead, for the stages
@@ -47,7 +48,10 @@ def _stopped(folder: pathlib.Path, key, samples) -> train_step.TrainState:
       f'{folder} is of a sweep that is not finished; end it, and give --start={folder.parent}/sweep/NAME'
     )
   plan = _plan(settings)
-  state = train_step.init_state(plan.init(key, *samples), samples[0], plan.tx, plan.ema, *samples[1:])
+  fresh = plan.init(key, *samples)
+  if (folder / train_sae.SCALES).exists():  # the samples may be others than those that it began with
+    fresh.input_scale, fresh.output_scale = json.loads((folder / train_sae.SCALES).read_text('utf-8'))['']
+  state = train_step.init_state(fresh, samples[0], plan.tx, plan.ema, *samples[1:])
   with processes.locked(folder), store.Checkpoints(folder / 'checkpoints', scored=True) as checkpoints:
     return checkpoints.restore({'': state})['']._replace(ema=None)  # the training to come begins its own
 
@@ -83,8 +87,10 @@ def grown(
   settings, wanted = plan.settings, plan.init(key, *samples)
   n_latents, before = settings['n_latents'], growth.sae_of(of)
   _check(before, wanted, plan)
+  if before.k and (most := wanted.k or n_latents) < before.k:  # first, as there may be fewer latents than the old k
+    of = growth.change_k(of, most)
   if prune or n_latents < before.n_latents:
-    if before is of:
+    if isinstance(of, sae_lib.SparseAutoencoder):
       idle_l, limit = -growth.fit(before, *samples).fired_l, -1
     else:
       idle_l, limit = jax.device_get(of.tokens_since_fired_l), settings['dead_tokens']
@@ -93,7 +99,7 @@ def grown(
       raise ValueError(f'sae.n_latents {n_latents} is less than the {n_kept} latents to keep; choose as many or more')
   if n_latents > growth.sae_of(of).n_latents:
     of = growth.widen(of, samples[0], n_latents, key, targets_bd=samples[1] if len(samples) > 1 else None)
-  if wanted.k is not None and wanted.k != before.k:
+  if wanted.k is not None and wanted.k != growth.sae_of(of).k:
     of = growth.change_k(of, wanted.k)
   if wanted.activation.name == 'jumprelu' and before.activation.name != 'jumprelu':
     if not (l0 := settings['target_l0'] or before.k):
@@ -203,6 +209,8 @@ def grow(config: ml_collections.ConfigDict, workdir: pathlib.Path, start: pathli
       marker.unlink()
       print(f'{folder}/final is ready')
       return
+    # A checkpoint has only arrays: train.sae takes the scales from there.
+    store.write_json(folder / train_sae.SCALES, {'': [kept.input_scale, kept.output_scale]})
     with store.Checkpoints(folder / 'checkpoints', scored=True) as checkpoints:
       checkpoints.save(0, {'': of}, after['normalized_mse'])
     marker.unlink()

@@ -17,6 +17,7 @@ from train import command, grow
 from train import sae as train_sae
 
 SITE, D, N_EXAMPLES, N_TOKENS, BATCH, N_STEPS = 'h.1.resid.post_mlp', runs.D_SUMS, 40, 16, 32, 12
+OTHER_SITE, D_OTHER = 'h.2.resid.post_mlp', 20
 SETTINGS = {
   'site': SITE,
   'source': 'store',
@@ -39,11 +40,13 @@ SETTINGS = {
   'log_every': 2,
 }
 JUMPRELU = {'recipe': 'jumprelu', 'coef': 1.0, 'sparsity': 'target', 'bandwidth': 0.1, 'target_l0': 3.0}
+RELU_APRIL = {'recipe': 'relu_april', 'l1_coef': 1.0, 'decay': 'linear', 'ema': 0.0}
+TRANSCODER = {'normalization': 'expected_average', 'target_site': OTHER_SITE}
 
 
 def config_of(folder, **changes):
   settings = SETTINGS | changes
-  if settings['recipe'] == 'jumprelu':
+  if settings['recipe'] in ('jumprelu', 'relu_april'):
     settings = {name: x for name, x in settings.items() if name not in ('k', 'auxk', 'kernels', 'compute_dtype')}
   return ml_collections.ConfigDict(
     {
@@ -65,16 +68,18 @@ def config_of(folder, **changes):
 
 
 @pytest.fixture(autouse=True)
-def _peak(monkeypatch):
-  """Measuring what the processor could do takes seconds."""
+def _quick(monkeypatch):
+  """Measuring what the processor could do takes seconds, as does a sample of many tokens."""
   monkeypatch.setattr(train_sae.throughput, 'peak', lambda dtype: (1e12, 'made up'))
-  monkeypatch.setattr(train_sae, 'SAMPLE_TOKENS', 1024)
+  first = train_sae.first_tokens
+  monkeypatch.setattr(train_sae, 'first_tokens', lambda stream, settings, n_tokens=0: first(stream, settings, 1024))
 
 
 @pytest.fixture
 def folder(tmp_path):
   """A store of activations that are sums of a few of 96 directions, captured by the workdir `old`."""
-  runs.capture_sums(config_of(tmp_path), [tmp_path / 'old'], 96, 0.05)
+  others = {OTHER_SITE: lambda x_etd: 2 * x_etd[..., :D_OTHER] + 1}
+  runs.capture_sums(config_of(tmp_path), [tmp_path / 'old'], 96, 0.05, others)
   return tmp_path
 
 
@@ -209,6 +214,68 @@ def test_dead_latents_go_and_new_ones_take_their_places(mesh, folder):
     ValueError, match=f'sae.n_latents 32 is less than the {even if mesh.size > 1 else n_alive} latents'
   ):
     grow.grow(config_of(folder, n_latents=32, tokens=0), folder / 'too_few', folder / 'old')
+
+
+@pytest.mark.parametrize('changes', [{'k': 1, 'auxk': 0}, {**JUMPRELU, 'target_l0': 0.5}], ids=['topk', 'jumprelu'])
+def test_there_may_be_fewer_latents_than_the_old_k(mesh, folder, changes):
+  train_sae.run(config_of(folder), folder / 'old')
+  final = folder / 'old' / 'sae' / 'final'
+  model = sae_lib.load_sae(final)
+  model.latent_bias[...] = model.latent_bias[...].at[2:].add(-100)
+  sae_lib.save(final, model)
+  grow.grow(config_of(folder, n_latents=2, tokens=0, **changes), folder / 'new', folder / 'old')
+  after = report(folder / 'new')['after']
+  assert (after['n_latents'], after['k']) == (2, changes.get('k'))
+  assert 0 < after['l0'] <= 1
+
+
+def test_a_rate_that_is_to_fall_is_no_matter_where_nothing_is_trained(mesh, folder):
+  train_sae.run(config_of(folder, **RELU_APRIL), folder / 'old')
+  grow.grow(config_of(folder, **RELU_APRIL, n_latents=96, tokens=0), folder / 'new', folder / 'old')
+  assert sae_lib.load_sae(folder / 'new' / 'sae' / 'final').n_latents == 96
+  with pytest.raises(ValueError, match="decay 'step' is unknown"):
+    grow.grow(config_of(folder, **RELU_APRIL | {'decay': 'step'}, tokens=0), folder / 'other', folder / 'old')
+
+
+def scales_of(folder):
+  model = sae_lib.load_sae(folder)
+  return [model.input_scale, model.output_scale]
+
+
+def of_another_seed(folder, **changes):
+  """Returns a config with other activations in its sample, whose mean norm is another."""
+  config = config_of(folder, **changes)
+  config.seed = 1
+  return config
+
+
+@pytest.mark.parametrize('changes', [{'normalization': 'expected_average'}, TRANSCODER], ids=['sae', 'transcoder'])
+def test_the_scales_are_those_of_the_start_to_the_end(mesh, folder, changes):
+  train_sae.run(config_of(folder, **changes), folder / 'old')
+  old = scales_of(folder / 'old' / 'sae' / 'final')
+  config = of_another_seed(folder, **changes, n_latents=96)
+  grow.grow(config, folder / 'new', folder / 'old')
+  assert json.loads((folder / 'new' / 'sae' / train_sae.SCALES).read_text()) == {'': old}
+  train_sae.run(config, folder / 'new')
+  assert scales_of(folder / 'new' / 'sae' / 'final') == old
+  alone = of_another_seed(folder, **changes, tokens=BATCH)
+  grow._share(folder / 'old', folder / 'alone')
+  train_sae.run(alone, folder / 'alone')
+  assert scales_of(folder / 'alone' / 'sae' / 'final') != old  # else this would show nothing
+
+
+def test_the_scales_of_a_folder_and_of_a_stopped_training_go_on(mesh, folder, stop_at_6):
+  changes = {'normalization': 'expected_average'}
+  with pytest.raises(command.Stopped):
+    train_sae.run(config_of(folder, **changes), folder / 'old')
+  store.write_json(folder / 'old' / 'sae' / train_sae.SCALES, {'': [0.25, 1.0]})
+  grow.grow(config_of(folder, **changes, n_latents=96), folder / 'wide', folder / 'old')
+  assert json.loads((folder / 'wide' / 'sae' / train_sae.SCALES).read_text()) == {'': [0.25, 1.0]}
+  grow.grow(config_of(folder, **changes, tokens=0), folder / 'new', folder / 'old')
+  grow._share(folder / 'old', folder / 'again')
+  grow.grow(config_of(folder, **changes, k=6, tokens=0), folder / 'again', folder / 'new' / 'sae' / 'final')
+  for name in ('new', 'again'):
+    assert scales_of(folder / name / 'sae' / 'final') == [0.25, 1.0]
 
 
 def report_of(config, model, folder):
