@@ -27,7 +27,8 @@ from models.activation_functions import TopK
 NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', 'constant')
 NORM_EPS = 1e-5
 UNIT_TOLERANCE = 1e-3
-MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-8  # the latter, in the units of x, lets the iteration pass through a data point
+# The latter, relative to the mean distance to the mean, lets the iteration pass through a data point.
+MEDIAN_STEPS, MEDIAN_EPS = 100, 1e-5
 # Up to SPARSE_INPUTS inputs with up to N_ACTIVE active latents each have only the rows of these read of a decoder of
 # MIN_LATENTS or more. With more of either, a product with the whole decoder is no slower on a CPU.
 SPARSE_INPUTS, N_ACTIVE, MIN_LATENTS = 128, 128, 2048
@@ -244,15 +245,19 @@ def has_unit_rows(sae: SparseAutoencoder) -> bool:
 def geometric_median(x_bd: jax.Array) -> jax.Array:
   """Returns the point [d] with the least sum of distances to x_bd, by Weiszfeld's algorithm, in float32.
 
-  Each iteration averages the rows weighted by 1 / (distance + eps), beginning at the mean.
+  Each iteration averages the rows weighted by 1 / (distance + eps), beginning at the mean; eps is 1e-5 of the mean
+  distance to it.
   """
+  x_bd = x_bd.astype(jnp.float32)
+  mean_d = x_bd.mean(0)
+  distances = lambda point_d: jnp.linalg.norm(x_bd - point_d, axis=1)
+  eps = MEDIAN_EPS * jnp.maximum(distances(mean_d).mean(), 1e-20)  # above 0 where all rows are one point
 
   def step(_, median_d):
-    weight_b = 1 / (jnp.linalg.norm(x_bd - median_d, axis=1) + MEDIAN_EPS)
+    weight_b = 1 / (distances(median_d) + eps)
     return weight_b @ x_bd / weight_b.sum()
 
-  x_bd = x_bd.astype(jnp.float32)
-  return jax.lax.fori_loop(0, MEDIAN_STEPS, step, x_bd.mean(0))
+  return jax.lax.fori_loop(0, MEDIAN_STEPS, step, mean_d)
 
 
 def init_sae(
