@@ -141,10 +141,10 @@ def widen(
   decoder row is the direction of the token's error, target - recons, and so is its encoder row; a transcoder, whose
   inputs live in another space, has there the direction of the input minus pre_bias. Where fewer tokens have an error
   than there are new latents, the others have random directions. The decoder row's norm is the mean of the latents that
-  are on in the sample; the encoder row's is theirs times a gain, one for all, the one of GAINS with which the sample has
-  the least squared error. A small gain keeps new latents out of the top k, below a threshold, or near 0. If all do harm
-  it is the smallest, which does the least. Biases are 0, as in a fresh SAE: biases that keep new latents off most tokens
-  harm less at first, but Adam is slow to bring them up. A JumpReLU threshold is the mean of the others.
+  are on in the sample; the encoder row's is theirs times a gain, one for all, the one of GAINS with which the sample
+  has the least squared error. A small gain keeps new latents out of the top k, below a threshold, or near 0. If all do
+  harm it is the smallest, which does the least. Biases are 0, as in a fresh SAE: biases that keep new latents off most
+  tokens harm less at first, but Adam is slow to bring them up. A JumpReLU threshold is the mean of the others.
 
   An L0 that k does not fix rises at first: of a ReLU SAE, by nearly half of the new latents, at small values.
 
