@@ -333,21 +333,37 @@ def test_rows_of_several_sites_are_of_the_same_tokens(one_device, activations):
       np.testing.assert_allclose(batch[OTHER_SITE], 2 * batch[SITE][:, :D_OTHER] + 1, rtol=1e-5)
 
 
-def test_the_live_model_gives_what_its_store_gives(mesh, tmp_path):
+@pytest.fixture
+def corpus(tmp_path):
   words = ['array', 'of', 'the', 'returns', 'shape', 'value', 'if', 'none', 'is', 'given', 'float', 'matrix']
   rng = np.random.default_rng(0)
   texts = [' '.join(rng.choice(words, 60)) for _ in range(30)]
   (tmp_path / 'corpus.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
-  config = config_of(tmp_path, sweep=({}, {'name': 'other', 'site': OTHER_SITE}))
+  return tmp_path
+
+
+def test_the_live_model_gives_what_its_store_gives(mesh, corpus):
+  config = config_of(corpus, sweep=({}, {'name': 'other', 'site': OTHER_SITE}))
   config.capture.sites = (SITE, OTHER_SITE)
-  capture.run(config, tmp_path / 'captured')
+  capture.run(config, corpus / 'captured')
   for source, name in (('store', 'captured'), ('live', 'live')):
     config.sae.source = source
-    train_sae.run(config, tmp_path / name)
+    train_sae.run(config, corpus / name)
   for name in ('base', 'other'):
-    both = (numbers(tmp_path / source / 'sweep' / name) for source in ('captured', 'live'))
+    both = (numbers(corpus / source / 'sweep' / name) for source in ('captured', 'live'))
     for stored, live in zip(*both, strict=True):
       assert stored == pytest.approx(live, rel=1e-4)  # batches of another composition round otherwise
+
+
+def test_a_stopped_run_of_the_live_model_resumes_to_bit_identical_weights(one_device, corpus, monkeypatch):
+  config = config_of(corpus, source='live', clip=1.0)
+  train_sae.run(config, corpus / 'whole')
+  asked = itertools.count(1)
+  monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
+  with pytest.raises(command.Stopped, match='step 6 of 12 is saved'):
+    train_sae.run(config, corpus / 'stopped')
+  train_sae.run(config, corpus / 'stopped')
+  assert_same(corpus / 'stopped', corpus / 'whole')
 
 
 @pytest.mark.parametrize(
