@@ -7,7 +7,6 @@ the gradients.
 
 import dataclasses
 import functools
-import math
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -65,8 +64,9 @@ class TopK:
   ) -> tuple[dict[str, jax.Array], jax.Array, SparseAutoencoder]:
     """Returns metrics, the dead clock after this batch, and the gradients of the loss.
 
-    Where latents are not chosen in float32 the metrics have chosen_again, the share of tokens for which it took that
-    too; over several shards, of tokens of each.
+    The loss is normalized_mse + multi_topk, of the other levels where there are any, + auxk, both weighted. Where
+    latents are not chosen in float32 the metrics have chosen_again, the share of tokens for which it took that too;
+    over several shards, of tokens of each.
 
     Args:
       sae: parameters; its own `k` is not used, the levels are.
@@ -215,10 +215,13 @@ def _sums(recipe, sae, mse_scale, row_scale_l, tokens_since_fired_l, x_bd, targe
     grad_bd = sum(grad_bd for *_, grad_bd in updates)
     skip_grad_dd, written_d = grad_bd.T @ centred_bd, grad_bd.sum(0)
 
-  total = sum(weight * x for (_, weight), x in zip(recipe.levels, losses, strict=True)) + recipe.auxk_coef * auxk
+  own, *more = (weight * x for (_, weight), x in zip(recipe.levels, losses, strict=True))
+  parts = {'multi_topk': sum(more)} if more else {}
+  parts['auxk'] = recipe.auxk_coef * auxk
   n_fired = _over_data(jax.lax.psum, jax.lax.psum((masks[0] & (values_bk > 0)).sum(), 'model'))
   n_dead = jax.lax.psum(dead_l.sum(), 'model')
-  metrics = {'loss': total, 'auxk': auxk, 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
+  metrics = {'loss': own + sum(parts.values()), 'normalized_mse': losses[0], 'l0': n_fired / n_tokens, 'dead': n_dead}
+  metrics |= parts
   if recipe.dtype != 'float32':
     metrics['chosen_again'] = _over_data(jax.lax.pmean, jax.lax.pmean(jnp.mean(again_b), 'model'))
   return metrics, tokens_since_fired_l, _Sums(grads, bias_grad_d, skip_grad_dd, written_d)
@@ -227,11 +230,9 @@ def _sums(recipe, sae, mse_scale, row_scale_l, tokens_since_fired_l, x_bd, targe
 def _for_winners(run, mask_bk, k) -> kernels.Kernels:
   """Returns kernels that look at the first few candidates of a token only, in batches where those hold all winners.
 
-  With S shards k / S of a token's k winners are a shard's on average; six standard deviations and six more of a Poisson
-  distribution with that mean are left to chance. In a batch where they do not do, all candidates are looked at.
+  In a batch where `kernels.n_looked_at` do not do, all candidates are looked at.
   """
-  mean = k / jax.lax.axis_size('model')
-  n_few = math.ceil(mean + 6 * mean**0.5 + 6)
+  n_few = kernels.n_looked_at(k, jax.lax.axis_size('model'))
   if n_few >= min(k, mask_bk.shape[1]):
     return run
   most = _over_data(jax.lax.pmax, jax.lax.pmax(jnp.max(jnp.sum(mask_bk, axis=1)), 'model'))

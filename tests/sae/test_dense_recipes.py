@@ -1,5 +1,7 @@
 """ReLU, ProLU, gated and JumpReLU: losses and gradients are the papers' formulas in float64, on every mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,19 +110,25 @@ def ours(mesh, recipe, arrays, kind, clock, targets=X):
     return metrics, np.asarray(clock), {n: np.asarray(g[...]) for n, g in sae.named_parameters(grads).items()}
 
 
-@pytest.mark.parametrize('shape', MESHES, ids=str)
-@pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('transcoder', [False, True], ids=['sae', 'transcoder'])
-def test_losses_and_gradients_are_the_formulas_in_float64(shape, case, transcoder):
-  kind, recipe, formula = CASES[case]
+@functools.cache
+def example(case, transcoder, mesh):
+  """Returns the arrays, the targets, and what `ours` makes of them."""
+  kind, recipe, _ = CASES[case]
   arrays, targets = ARRAYS | OWN[kind], X
   if transcoder:
     rng = np.random.default_rng(1)
     arrays = arrays | {'decoder': rng.normal(size=(L, D_OUT)), 'out_bias': rng.normal(size=D_OUT)}
     arrays |= {'skip': rng.normal(size=(D_OUT, D))}
     targets = TARGETS
-  clock = np.full(L, DEAD, np.int32)
-  metrics, new_clock, grads = ours(shape, recipe, arrays, kind, clock, targets)
+  return arrays, targets, ours(mesh, recipe, arrays, kind, np.full(L, DEAD, np.int32), targets)
+
+
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('transcoder', [False, True], ids=['sae', 'transcoder'])
+def test_losses_and_gradients_are_the_formulas_in_float64(shape, case, transcoder):
+  formula = CASES[case][2]
+  arrays, targets, (metrics, new_clock, grads) = example(case, transcoder, shape)
   with jax.enable_x64(True):
     params = {name: jnp.asarray(x.astype(np.float32), jnp.float64) for name, x in arrays.items()}
 
@@ -131,13 +139,17 @@ def test_losses_and_gradients_are_the_formulas_in_float64(shape, case, transcode
       return whole((error**2).sum(1).mean()), (latents, (error**2).mean())
 
     (total, (latents, mse)), expected = jax.value_and_grad(loss, has_aux=True)(params)
-  np.testing.assert_allclose(metrics['loss'], total, rtol=2e-6)
-  np.testing.assert_allclose(metrics['normalized_mse'], MSE_SCALE * mse, rtol=2e-6)
+  np.testing.assert_allclose(metrics['loss'], total, rtol=1e-6)
+  np.testing.assert_allclose(metrics['normalized_mse'], MSE_SCALE * mse, rtol=1e-6)
   np.testing.assert_allclose(metrics['l0'], (latents > 0).sum(1).mean(), rtol=1e-6)
   assert grads.keys() == expected.keys()
   for name, grad in grads.items():
     # A few float32 roundings of the largest entry: entries are sums over the batch.
     np.testing.assert_allclose(grad, expected[name], atol=3e-6 * np.abs(expected[name]).max(), err_msg=name)
+  _, _, (one, _, one_grads) = example(case, transcoder, (1, 1))
+  np.testing.assert_allclose(metrics['loss'], one['loss'], rtol=1e-6)
+  for name, grad in one_grads.items():
+    assert np.linalg.norm(grads[name] - grad) <= 1e-6 * np.linalg.norm(grad), name
   fired = np.asarray((latents > 0).any(0))
   np.testing.assert_array_equal(new_clock, np.where(fired, 0, DEAD + B))
   assert metrics['dead'] == (~fired).sum()

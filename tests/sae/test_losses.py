@@ -1,5 +1,7 @@
 """The losses and gradients of the sharded, sparse training pass are those of the dense formulas in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def dense_loss(params, x_bd, target_bd, dead_l, levels, auxk, auxk_coef):
   for k, weight in levels:
     recons_bd = top(preacts_bl, k) @ params['decoder'] + constant_bd
     total += weight * MSE_SCALE * jnp.mean((recons_bd - target_bd) ** 2)
-    if k == K:
+    if k == levels[0][0]:
       error_bd = target_bd - jax.lax.stop_gradient(recons_bd) + jax.lax.stop_gradient(bias)
   if dead_l.any():
     aux_bd = top(jnp.where(dead_l, jax.nn.relu(preacts_bl), 0), auxk) @ params['decoder'] + bias
@@ -62,11 +64,11 @@ def ours(mesh, clock, objective, params=PARAMS, target=X, row_scale=None, x=X):
     return metrics, np.asarray(clock), {name: np.asarray(getattr(grads, name)[...]) for name in params}
 
 
-def expected(params, target, new_clock, levels):
+def expected(params, target, new_clock, levels, auxk=8):
   with jax.enable_x64(True):
     params = {name: jnp.asarray(value.astype(np.float32), jnp.float64) for name, value in params.items()}
     x_bd, target_bd = jnp.asarray(X, jnp.float64), jnp.asarray(target, jnp.float64)
-    loss, grads = jax.value_and_grad(dense_loss)(params, x_bd, target_bd, new_clock > DEAD, levels, 8, 0.5)
+    loss, grads = jax.value_and_grad(dense_loss)(params, x_bd, target_bd, new_clock > DEAD, levels, auxk, 0.5)
     return loss, {name: np.array(grad) for name, grad in grads.items()}
 
 
@@ -77,16 +79,69 @@ def check(grads, expected_grads):
     np.testing.assert_allclose(grad, expected_grads[name], atol=atol, err_msg=name)
 
 
+@functools.cache
+def on_one_device(objective, clock):
+  metrics, _, grads = ours((1, 1), CLOCKS[clock], objective)
+  return metrics, grads
+
+
+def check_same(metrics, grads, one, one_grads):
+  """Checks a loss and gradients against those of one device."""
+  np.testing.assert_allclose(metrics['loss'], one['loss'], rtol=1e-6)
+  for name, grad in one_grads.items():
+    assert np.linalg.norm(grads[name] - grad) <= 1e-6 * np.linalg.norm(grad), name
+
+
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 @pytest.mark.parametrize('levels', [TOPK, MULTI_TOPK], ids=['topk', 'multi_topk'])
 def test_losses_and_gradients_equal_dense_autodiff_in_float64(shape, levels):
   objective = losses.TopK(levels, auxk=8, auxk_coef=0.5, dead_tokens=DEAD)
-  for clock in CLOCKS.values():
+  for name, clock in CLOCKS.items():
     metrics, new_clock, grads = ours(shape, clock, objective)
     loss, expected_grads = expected(PARAMS, X, new_clock, levels)
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
     check(grads, expected_grads)
+    check_same(metrics, grads, *on_one_device(objective, name))
     assert metrics['dead'] == (clock == DEAD).sum()
+    parts = [metrics[part] for part in ('normalized_mse', 'multi_topk', 'auxk') if part in metrics]
+    assert len(parts) == 1 + len(levels)
+    np.testing.assert_allclose(sum(parts), metrics['loss'], rtol=1e-6)
+
+
+def test_the_parts_of_the_loss_are_weighted():
+  metrics, _ = on_one_device(losses.TopK(MULTI_TOPK, auxk=8, auxk_coef=0.5, dead_tokens=DEAD), 'few')
+  alive, dead = CLOCKS['none'], CLOCKS['few'] + B
+  own, level, with_auxk = (
+    expected(PARAMS, X, clock, (of,))[0] for clock, of in [(alive, TOPK[0]), (alive, MULTI_TOPK[1]), (dead, TOPK[0])]
+  )
+  np.testing.assert_allclose(metrics['normalized_mse'], own, rtol=1e-6)
+  np.testing.assert_allclose(metrics['multi_topk'], level, rtol=1e-6)
+  np.testing.assert_allclose(metrics['auxk'], with_auxk - own, rtol=1e-6)
+
+
+def test_a_shard_may_have_fewer_latents_than_are_chosen():
+  """Each of eight has 16 of them, of k = 20, 4 k = 80 and 24 dead ones for the error."""
+  levels, dead = ((20, 1.0), (80, 1 / 8)), np.arange(0, L, 4)
+  params = PARAMS | {name: np.array(PARAMS[name]) for name in ('encoder', 'latent_bias')}
+  params['encoder'][dead] /= 50  # positive on many tokens, and never among the 20 largest
+  params['latent_bias'][dead] = 0.1
+  clock = np.zeros(L, np.int32)
+  clock[dead] = DEAD
+  objective = losses.TopK(levels, auxk=24, auxk_coef=0.5, dead_tokens=DEAD)
+  one, new_clock, one_grads = ours((1, 1), clock, objective, params)
+  metrics, other_clock, grads = ours((1, 8), clock, objective, params)
+  assert one['dead'] == len(dead)
+  np.testing.assert_array_equal(other_clock, new_clock)
+  check_same(metrics, grads, one, one_grads)
+  loss, expected_grads = expected(params, X, new_clock, levels, 24)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+  check(grads, expected_grads)
+
+
+def test_the_variance_is_about_each_dimensions_mean(mesh):
+  x_bd = X + np.linspace(-9, 9, D, dtype=np.float32)
+  x64_bd = x_bd.astype(np.float64)
+  np.testing.assert_allclose(losses.variance(jnp.asarray(x_bd)), np.mean((x64_bd - x64_bd.mean(0)) ** 2), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +189,18 @@ def test_auxk_reaches_the_encoder_of_dead_latents_and_only_theirs():
     rows = difference.reshape(L, -1).max(1)
     assert rows[SILENT[:3]].max() > 1e-4
     assert np.delete(rows, SILENT[:3]).max() < 1e-7
+
+
+def test_the_second_level_reaches_the_encoder_of_the_latents_that_only_it_chooses():
+  objective = losses.TopK(MULTI_TOPK, auxk=0, dead_tokens=DEAD)
+  top = np.argsort(-preacts, axis=1)[:, : 4 * K]
+  chosen = np.intersect1d(SILENT, top[np.take_along_axis(preacts, top, 1) > 0])
+  assert 0 < len(chosen) < len(SILENT)
+  grads = ours((2, 4), CLOCKS['none'], objective)[2]
+  for name in ('encoder', 'latent_bias', 'decoder'):
+    rows = np.abs(grads[name]).reshape(L, -1).max(1)
+    assert rows[chosen].min() > 1e-6
+    assert not rows[np.setdiff1d(SILENT, chosen)].any()
 
 
 def test_auxk_of_one_token_is_nothing_and_no_nan():
