@@ -1,7 +1,7 @@
 """Every recipe for sparse autoencoders on the tiny pipeline: --config=configs/recipes.py:gated, and so on.
 
 What differs from configs/tiny.py is config.sae, which has the fields of that recipe and no others. The penalties are
-for the embedded model at h.2.resid.post_mlp, chosen so that some 16 latents are on, as with k=16.
+for the embedded model at h.2.resid.post_mlp and as few steps; docs/recipes.md has the L0s that they and others lead to.
 """
 
 from configs import tiny

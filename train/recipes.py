@@ -55,6 +55,7 @@ SHARED = {
 }
 AUXK = {'auxk': 0, 'auxk_coef': 1 / 32}
 TOPK = {'k': REQUIRED, **AUXK, 'compute_dtype': AUTO, 'kernels': AUTO, 'parity': False}
+DENSE = {'compute_dtype': 'float32'}
 RESAMPLE = {'resample_every': 0, 'resample_until': 0, 'resample_exponent': 2.0}  # in steps; 0: never
 
 
@@ -89,20 +90,28 @@ def _of_topk(s):
 
 
 def _batch_topk(s):
-  return batch_topk.BatchTopK(s['k'], s['auxk'], s['auxk_coef'], s['dead_tokens'], tuple(s.get('prefixes', ())))
+  return batch_topk.BatchTopK(
+    s['k'], s['auxk'], s['auxk_coef'], s['dead_tokens'], tuple(s.get('prefixes', ())), s['compute_dtype']
+  )
 
 
 def _relu(s):
-  return relu_l1.ReLUL1(s['l1_coef'], False, s['l1_warmup_steps'], s['dead_tokens'])
+  return relu_l1.ReLUL1(s['l1_coef'], False, s['l1_warmup_steps'], s['dead_tokens'], s['compute_dtype'])
 
 
 def _relu_april(s):
-  return relu_l1.ReLUL1(s['l1_coef'], True, s['l1_warmup_steps'], s['dead_tokens'])
+  return relu_l1.ReLUL1(s['l1_coef'], True, s['l1_warmup_steps'], s['dead_tokens'], s['compute_dtype'])
 
 
 def _jumprelu(s):
   return jumprelu.JumpReLU(
-    s['coef'], s['sparsity'], s['bandwidth'], s['coef_warmup_steps'], s['target_l0'], dead_tokens=s['dead_tokens']
+    s['coef'],
+    s['sparsity'],
+    s['bandwidth'],
+    s['coef_warmup_steps'],
+    s['target_l0'],
+    dead_tokens=s['dead_tokens'],
+    dtype=s['compute_dtype'],
   )
 
 
@@ -137,26 +146,26 @@ def _init_jumprelu(key, sample_bd, s, *norm):
 RECIPES = {
   'topk': _Kind(TOPK, _topk, _init_topk),
   'multi_topk': _Kind(TOPK, _multi_topk, _init_topk),
-  'batch_topk': _Kind({'k': REQUIRED, **AUXK}, _batch_topk, _init_topk),
-  'matryoshka': _Kind({'k': REQUIRED, **AUXK, 'prefixes': REQUIRED}, _batch_topk, _init_topk),
+  'batch_topk': _Kind({'k': REQUIRED, **AUXK, **DENSE}, _batch_topk, _init_topk),
+  'matryoshka': _Kind({'k': REQUIRED, **AUXK, **DENSE, 'prefixes': REQUIRED}, _batch_topk, _init_topk),
   'relu': _Kind(
-    {'l1_coef': REQUIRED, 'l1_warmup_steps': 0, **RESAMPLE},
+    {'l1_coef': REQUIRED, 'l1_warmup_steps': 0, **RESAMPLE, **DENSE},
     _relu,
     _init_tied(lambda s: activation_functions.ReLU()),
   ),
   'relu_april': _Kind(
-    {'l1_coef': REQUIRED, 'l1_warmup_steps': 0},
+    {'l1_coef': REQUIRED, 'l1_warmup_steps': 0, **DENSE},
     _relu_april,
     _init_tied(lambda s: activation_functions.ReLU(), row_norm=0.1, median=False),
   ),
   'prolu': _Kind(
-    {'l1_coef': REQUIRED, 'gradient': 'ste'},
-    lambda s: prolu.ProLU(s['l1_coef'], s['gradient'], s['dead_tokens']),
+    {'l1_coef': REQUIRED, 'gradient': 'ste', **DENSE},
+    lambda s: prolu.ProLU(s['l1_coef'], s['gradient'], s['dead_tokens'], s['compute_dtype']),
     _init_tied(lambda s: activation_functions.ProLU()),
   ),
   'gated': _Kind(
-    {'l1_coef': REQUIRED, **RESAMPLE},
-    lambda s: gated.Gated(s['l1_coef'], s['dead_tokens']),
+    {'l1_coef': REQUIRED, **RESAMPLE, **DENSE},
+    lambda s: gated.Gated(s['l1_coef'], s['dead_tokens'], s['compute_dtype']),
     _init_tied(lambda s: activation_functions.Gated(_zeros(s), _zeros(s))),
   ),
   'jumprelu': _Kind(
@@ -168,6 +177,7 @@ RECIPES = {
       'target_l0': 0.0,
       'initial_threshold': 1e-3,
       'threshold_rate': 1.0,
+      **DENSE,
     },
     _jumprelu,
     _init_jumprelu,
@@ -307,7 +317,7 @@ def plan(settings: Mapping[str, Any], n_steps: int, target: bool = False) -> Pla
 def _check(s, target, batch_size):
   choices = {
     'normalization': NORMALIZATIONS,
-    'compute_dtype': (AUTO, *kernels.DTYPES),
+    'compute_dtype': (*([AUTO] if 'kernels' in s else []), *kernels.DTYPES),
     'kernels': (AUTO, *kernels.KERNELS),
   }
   for field, known in choices.items():

@@ -29,6 +29,7 @@ class BatchTopK:
     auxk_coef: of AuxK.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
     prefixes: sizes, rising, the last of them all latents; () stands for that alone.
+    dtype: of products with the weights, as `dense.product`, but for AuxK; weights, gradients and moments are float32.
   """
 
   k: int
@@ -36,6 +37,7 @@ class BatchTopK:
   auxk_coef: float = 1 / 32
   dead_tokens: int = 10_000_000
   prefixes: tuple[int, ...] = ()
+  dtype: str = 'float32'
   unit_norm = True
   parity = False
 
@@ -49,13 +51,13 @@ class BatchTopK:
     check_prefixes(prefixes, sae.n_latents)
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
-      preacts_bl = dense.linear(sae, x_bd) + sae.latent_bias[...]
+      preacts_bl = dense.linear(sae, x_bd, self.dtype) + sae.latent_bias[...]
       n_kept = self.k * len(x_bd) * jax.lax.axis_size('data')
       mask_bl, smallest = batch_wins(jax.lax.stop_gradient(preacts_bl), n_kept)
       latents_bl = jnp.where(mask_bl, jax.nn.relu(preacts_bl), 0)
       recons_bd, mses = dense.constant(sae, x_bd), []
       for part_bl, decoder_ld in _segments(latents_bl, sae.decoder[...], prefixes):
-        recons_bd += jax.lax.psum(part_bl @ decoder_ld, 'model')
+        recons_bd += jax.lax.psum(dense.product(part_bl, decoder_ld, self.dtype), 'model')
         mses.append(dense.batch_mean((target_bd - recons_bd) ** 2))
       parts = {'prefixes_mse' if self.prefixes else 'mse': mse_scale * sum(mses) / len(mses)}
       if self.auxk:

@@ -34,19 +34,24 @@ class Terms(NamedTuple):
   metrics: dict[str, jax.Array] | None = None
 
 
-def linear(sae: SparseAutoencoder, x_bd: jax.Array) -> jax.Array:
-  """Returns encoder (x - pre_bias) [b, l] of this shard's latents.
+def product(x_ij: jax.Array, y_jk: jax.Array, dtype: str) -> jax.Array:
+  """Returns x y [i, k] in float32, of operands that are rounded to the dtype, as products of its gradients' are."""
+  return (x_ij.astype(dtype) @ y_jk.astype(dtype)).astype(jnp.float32)
+
+
+def linear(sae: SparseAutoencoder, x_bd: jax.Array, dtype: str) -> jax.Array:
+  """Returns encoder (x - pre_bias) [b, l] of this shard's latents, as `product` in a dtype.
 
   The gradient of pre_bias is taken through the encoder applied to it, so that no gradient of [batch, d] is computed.
   """
   pre_bias_d, encoder_ld = sae.pre_bias[...], sae.encoder[...]
   held_d = jax.lax.stop_gradient(pre_bias_d)
-  return (x_bd - held_d) @ encoder_ld.T - encoder_ld @ (pre_bias_d - held_d)
+  return product(x_bd - held_d, encoder_ld.T, dtype) - encoder_ld @ (pre_bias_d - held_d)
 
 
-def reconstruct(sae: SparseAutoencoder, latents_bl: jax.Array, x_bd: jax.Array) -> jax.Array:
-  """Returns the reconstruction [b, d] of this shard's latents and all others'."""
-  return jax.lax.psum(latents_bl @ sae.decoder[...], 'model') + constant(sae, x_bd)
+def reconstruct(sae: SparseAutoencoder, latents_bl: jax.Array, x_bd: jax.Array, dtype: str) -> jax.Array:
+  """Returns the reconstruction [b, d] of this shard's latents and all others', as `product` in a dtype."""
+  return jax.lax.psum(product(latents_bl, sae.decoder[...], dtype), 'model') + constant(sae, x_bd)
 
 
 def constant(sae: SparseAutoencoder, x_bd: jax.Array) -> jax.Array:

@@ -20,22 +20,24 @@ class Gated:
   Attributes:
     l1_coef: in the units of x, as normalised.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    dtype: of products with the weights, as `dense.product`; weights, gradients and moments are float32.
   """
 
   l1_coef: float
   dead_tokens: int = 10_000_000
+  dtype: str = 'float32'
   unit_norm = True
 
   def loss_and_grads(self, sae, x_bd, target_bd, tokens_since_fired_l, mse_scale, step, n_parts=1):
     """See `train_step.Recipe`."""
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
-      linear_bl = dense.linear(sae, x_bd)
+      linear_bl = dense.linear(sae, x_bd, self.dtype)
       latents_bl = sae.activation(linear_bl, sae.latent_bias[...])
       gate_bl = jax.nn.relu(linear_bl + sae.latent_bias[...])
-      recons_bd = dense.reconstruct(sae, latents_bl, x_bd)
+      recons_bd = dense.reconstruct(sae, latents_bl, x_bd, self.dtype)
       held = jax.lax.stop_gradient(sae)
-      through_gate_bd = dense.reconstruct(held, gate_bl, x_bd)
+      through_gate_bd = dense.reconstruct(held, gate_bl, x_bd, self.dtype)
       parts = {
         'squared_error': dense.squared_error(target_bd - recons_bd),
         'sparsity': self.l1_coef * dense.batch_mean(dense.sum_over_latents(gate_bl)),

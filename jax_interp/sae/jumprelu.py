@@ -71,6 +71,7 @@ class JumpReLU:
     tanh_scale: of 'tanh'.
     preact_coef: of 'tanh'.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    dtype: of products with the weights, as `dense.product`; weights, gradients and moments are float32.
 
   Raises:
     ValueError: the sparsity is unknown, has no target, or has one that it does not use.
@@ -84,6 +85,7 @@ class JumpReLU:
   tanh_scale: float = 4
   preact_coef: float = 3e-6
   dead_tokens: int = 10_000_000
+  dtype: str = 'float32'
 
   def __post_init__(self):
     if self.sparsity not in SPARSITIES:
@@ -102,12 +104,12 @@ class JumpReLU:
     warm = l1_warmup(step_number, self.warmup_steps)
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
-      preacts_bl = dense.linear(sae, x_bd) + sae.latent_bias[...]
+      preacts_bl = dense.linear(sae, x_bd, self.dtype) + sae.latent_bias[...]
       # One below 0 counts as 0 and has the gradient of 0, or it would stay below for good.
       own_l = sae.activation.threshold[...]
       threshold_l = own_l + jax.lax.stop_gradient(jnp.maximum(own_l, 0) - own_l)
       latents_bl = jumprelu(preacts_bl, threshold_l, self.bandwidth)
-      recons_bd = dense.reconstruct(sae, latents_bl, x_bd)
+      recons_bd = dense.reconstruct(sae, latents_bl, x_bd, self.dtype)
       parts = {'squared_error': dense.squared_error(target_bd - recons_bd)}
       if self.sparsity == 'tanh':
         norms_l = dense.decoder_norms(sae)

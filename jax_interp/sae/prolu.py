@@ -43,6 +43,7 @@ class ProLU:
     l1_coef: in the units of x, as normalised.
     gradient: of the latent bias, one of GRADIENTS.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    dtype: of products with the weights, as `dense.product`; weights, gradients and moments are float32.
 
   Raises:
     ValueError: the gradient is unknown.
@@ -51,6 +52,7 @@ class ProLU:
   l1_coef: float
   gradient: str = 'relu'
   dead_tokens: int = 10_000_000
+  dtype: str = 'float32'
   unit_norm = True
 
   def __post_init__(self):
@@ -61,8 +63,8 @@ class ProLU:
     """See `train_step.Recipe`."""
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
-      latents_bl = prolu(dense.linear(sae, x_bd), sae.latent_bias[...], self.gradient)
-      recons_bd = dense.reconstruct(sae, latents_bl, x_bd)
+      latents_bl = prolu(dense.linear(sae, x_bd, self.dtype), sae.latent_bias[...], self.gradient)
+      recons_bd = dense.reconstruct(sae, latents_bl, x_bd, self.dtype)
       parts = {
         'squared_error': dense.squared_error(target_bd - recons_bd),
         'sparsity': self.l1_coef * dense.batch_mean(dense.sum_over_latents(latents_bl)),

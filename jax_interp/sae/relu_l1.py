@@ -27,12 +27,14 @@ class ReLUL1:
       al. 2023).
     l1_warmup_steps: over which the penalty rises from 0.
     dead_tokens: a latent is dead when it was zero on more than this many tokens in a row.
+    dtype: of products with the weights, as `dense.product`; weights, gradients and moments are float32.
   """
 
   l1_coef: float
   weighted: bool = False
   l1_warmup_steps: int = 0
   dead_tokens: int = 10_000_000
+  dtype: str = 'float32'
 
   @property
   def unit_norm(self) -> bool:
@@ -43,8 +45,8 @@ class ReLUL1:
     coef = self.l1_coef * l1_warmup(step, self.l1_warmup_steps)
 
     def terms(sae, x_bd, target_bd, tokens_since_fired_l):
-      latents_bl = jax.nn.relu(dense.linear(sae, x_bd) + sae.latent_bias[...])
-      recons_bd = dense.reconstruct(sae, latents_bl, x_bd)
+      latents_bl = jax.nn.relu(dense.linear(sae, x_bd, self.dtype) + sae.latent_bias[...])
+      recons_bd = dense.reconstruct(sae, latents_bl, x_bd, self.dtype)
       sizes_bl = latents_bl * dense.decoder_norms(sae) if self.weighted else latents_bl
       parts = {
         'squared_error': dense.squared_error(target_bd - recons_bd),
