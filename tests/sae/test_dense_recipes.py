@@ -155,21 +155,6 @@ def test_losses_and_gradients_are_the_formulas_in_float64(shape, case, transcode
   assert metrics['dead'] == (~fired).sum()
 
 
-@pytest.mark.parametrize('shape', [(2, 4)], ids=str)
-@pytest.mark.parametrize('case', CASES)
-def test_nothing_of_batch_by_latents_crosses_devices(shape, case):
-  kind, recipe, _ = CASES[case]
-  with jax.set_mesh(sharding.make_mesh(*shape)):
-    arrays = {name: x.astype(np.float32) for name, x in (ARRAYS | OWN[kind]).items()}
-    model = sae.build(arrays, {'activation': kind})
-    run = jax.jit(recipe.loss_and_grads)
-    hlo = run.lower(model, X, X, np.zeros(L, np.int32), MSE_SCALE, STEP).compile().as_text()
-  moved = [line for line in hlo.splitlines() if any(f' {name}(' in line for name in ('all-gather', 'all-reduce'))]
-  assert moved
-  for size in (f'{B},{L}', f'{B // 2},{L // 4}', f'{B},{L // 4}', f'{B // 2},{L}'):
-    assert not any(f'[{size}]' in line for line in moved)
-
-
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
