@@ -235,7 +235,7 @@ class Plan:
     step = int(state.step)
     if not every or before // every == step // every or (until and step // every * every > until):
       return state
-    acts_bd = acts_sbd.reshape(-1, acts_sbd.shape[-1])
+    acts_bd = acts_sbd.swapaxes(0, 1).reshape(-1, acts_sbd.shape[-1])  # each device keeps its rows
     changed = resample.resample(
       state.sae,
       state.opt,

@@ -156,6 +156,12 @@ def test_median_of_points_on_a_line_passes_through_a_data_point():
   np.testing.assert_allclose(sae.geometric_median(jnp.asarray(x_bd)), [2, 0], atol=1e-3)
 
 
+@pytest.mark.parametrize('offset', [0, 1000])
+def test_median_leaves_a_data_point_that_it_begins_at(offset):
+  x_b1 = np.array([[-5.0], [5], [6], [6], [13]]) + offset  # the mean is the second
+  np.testing.assert_allclose(sae.geometric_median(jnp.asarray(x_b1)), [6 + offset], atol=1e-2)
+
+
 @pytest.mark.parametrize(
   ('n_latents', 'k', 'normalization', 'message'),
   [

@@ -6,7 +6,7 @@ import pytest
 
 from configs import recipes as recipe_configs
 from jax_interp.sae import train_step
-from models import sae
+from models import sae, sharding
 from train import recipes
 
 B, D, L, N_STEPS = 64, 12, 2048, 12
@@ -105,6 +105,7 @@ def test_a_rate_of_0_is_the_rule():
     ('topk', {'recipe': 'vanilla'}, "sae.recipe 'vanilla' is unknown; choose one of topk, multi_topk, batch_topk"),
     ('topk', {'normalization': 'batch'}, "sae.normalization 'batch' is unknown; choose one of none, layer_norm_std"),
     ('topk', {'kernels': 'fast'}, "sae.kernels 'fast' is unknown; choose one of auto, sparse, sorted, pallas, dense"),
+    ('relu', {'compute_dtype': 'auto'}, "sae.compute_dtype 'auto' is unknown; choose one of float32, bfloat16"),
     ('topk', {'compute_dtype': 'float16'}, "sae.compute_dtype 'float16' is unknown; choose one of auto, float32"),
     ('topk', {'k': 4096}, 'k 4096 is not within 1 and n_latents 2048'),
     ('topk', {'skip': True}, 'sae.skip is of a transcoder'),
@@ -135,3 +136,17 @@ def test_a_missing_field_names_where_it_is():
 def test_a_transcoders_target_has_no_norm_of_its_input(normalization):
   with pytest.raises(ValueError, match='cannot be undone on the target of a transcoder; choose none or'):
     recipes.plan(settings_of('topk', normalization=normalization), N_STEPS, target=True)
+
+
+def test_resampling_is_given_rows_that_stay_on_their_devices(monkeypatch):
+  seen = []
+  resample = lambda sae, opt, clock, acts_bd, *_: seen.append(acts_bd) or (sae, opt, clock)
+  monkeypatch.setattr(recipes.resample, 'resample', resample)
+  plan = recipes.plan(settings_of('relu', resample_every=2), N_STEPS)
+  with jax.set_mesh(sharding.make_mesh(2, 2)):
+    acts_sbd = sharding.place(np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32), 'step row d_model')
+    state = train_step.TrainState(None, None, None, None, None, 2, None)
+    plan.between(state, 0, acts_sbd, jax.random.key(0))
+  (acts_bd,) = seen
+  np.testing.assert_array_equal(np.sort(acts_bd, 0), np.sort(np.asarray(acts_sbd).reshape(16, 4), 0))
+  assert {shard.data.shape for shard in acts_bd.addressable_shards} == {(4, 4)}
