@@ -48,6 +48,34 @@ def test_adam_is_that_of_float64_and_its_state_is_optaxs(b1, b2):
     np.testing.assert_allclose(moved['x'], expected, rtol=3e-6, atol=1e-9, err_msg=f'step {t}')
 
 
+def test_moments_in_bfloat16_would_not_fall_where_gradients_do():
+  """A step takes a thousandth off the second moment; numbers in bfloat16 are 4 to 8 thousandths apart."""
+  grads_sx = np.random.default_rng(0).normal(size=(1500, 8)).astype(np.float32)
+  grads_sx[500:] /= 100
+  tx = optimizer.adam(1e-2)
+
+  def run(dtype):
+    def step(state, grads_x):
+      moved_x, state = tx.update(grads_x, state)
+      state = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype) if x.dtype == jnp.float32 else x, state)
+      return state, (moved_x, state[1][0].nu)
+
+    return jax.device_get(jax.jit(lambda grads_sx: jax.lax.scan(step, tx.init(grads_sx[0]), grads_sx)[1])(grads_sx))
+
+  m, v, expected, second = 0, 0, [], []
+  for t, grads_x in enumerate(grads_sx.astype(np.float64), start=1):
+    m, v = 0.9 * m + 0.1 * grads_x, 0.999 * v + 0.001 * grads_x**2
+    expected.append(-1e-2 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 6.25e-10))
+    second.append(v)
+  (moved_sx, second_sx), (rounded_moved_sx, rounded_second_sx) = run(jnp.float32), run(jnp.bfloat16)
+  size = lambda moved_sx: np.linalg.norm(moved_sx[-100:])
+  assert size(moved_sx - np.array(expected)) < 1e-5 * size(np.array(expected))
+  np.testing.assert_allclose(second_sx[-1], second[-1], rtol=2e-5)  # as a float32, 0.999 is 1.3e-8 off
+  assert (second[-1] < 0.38 * second[499]).all()  # 1 / e
+  assert (rounded_second_sx[-1] > 0.99 * rounded_second_sx[499]).all()
+  assert size(rounded_moved_sx) < 0.7 * size(np.array(expected))
+
+
 def test_thresholds_move_faster_and_nothing_else_does():
   with jax.set_mesh(sharding.make_mesh()):
     threshold = activation_functions.JumpReLU(np.ones(8, np.float32))

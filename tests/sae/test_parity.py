@@ -1,4 +1,4 @@
-"""In parity mode fifty steps are those of OpenAI's released trainer, restated in NumPy, in float64."""
+"""Fifty steps, and in parity mode those of OpenAI's released trainer, are what NumPy makes of them in float64."""
 
 import jax
 import numpy as np
@@ -41,8 +41,8 @@ def topk_relu(z_bl, k):
   return kept
 
 
-def openai_step(params, clock_l, x_bd, mse_scale):
-  """One forward and backward pass of train.py: the loss, what fired, the gradients by hand."""
+def one_pass(params, clock_l, x_bd, mse_scale, parity):
+  """One forward and backward pass: the loss, what fired, the gradients by hand; in parity mode as train.py does."""
   encoder, decoder, pre_bias, latent_bias = (params[name] for name in NAMES)
   centred = x_bd - pre_bias
   preacts = centred @ encoder.T + latent_bias
@@ -52,12 +52,15 @@ def openai_step(params, clock_l, x_bd, mse_scale):
   loss = mse_scale * np.mean(error**2)
   grad_recons = -2 * mse_scale * error / error.size
 
-  clock_l = np.where((latents > 1e-3).any(0), 0, clock_l) + 1
-  masked = preacts * (clock_l > DEAD // B)  # times 0, not -inf
+  clock_l = (
+    np.where((latents > 1e-3).any(0), 0, clock_l) + 1 if parity else np.where((latents > 0).any(0), 0, clock_l + 1)
+  )
+  dead_l = clock_l > DEAD // B
+  masked = preacts * dead_l  # times 0, not -inf
   aux_latents = topk_relu(masked, AUXK)
   aux_recons = aux_latents @ decoder + pre_bias
   target = error + pre_bias
-  scale = COEF / np.mean((target.mean(0) - target) ** 2)
+  scale = COEF / np.mean((target.mean(0) - target) ** 2) if parity or dead_l.any() else 0
   loss += scale * np.mean((aux_recons - target) ** 2)
   grad_aux = 2 * scale * (aux_recons - target) / target.size
 
@@ -71,33 +74,42 @@ def openai_step(params, clock_l, x_bd, mse_scale):
   return loss, clock_l, grads
 
 
-def openai_run(params, acts_sbd, mse_scale):
-  """The order within a step: gradients, decoder to unit norm, projection, clip, average of the old weights, Adam."""
+def steps(params, acts_sbd, mse_scale, parity):
+  """The order within a step: gradients, projection, clip, Adam, decoder to unit norm, average of the new weights.
+
+  In parity mode the decoder comes to unit norm before the projection, and the average is of the old weights.
+  """
   clock_l, ema = np.zeros(L, int), dict.fromkeys(NAMES, 0)
   mu, nu = ({name: np.zeros_like(params[name]) for name in NAMES} for _ in range(2))
   curve, n_dead = [], []
   for t, x_bd in enumerate(acts_sbd.astype(np.float64), start=1):
-    loss, clock_l, grads = openai_step(params, clock_l, x_bd, mse_scale)
-    decoder = params['decoder'] = unit_rows(params['decoder'])
+    loss, clock_l, grads = one_pass(params, clock_l, x_bd, mse_scale, parity)
+    if parity:
+      params['decoder'] = unit_rows(params['decoder'])
+    old, decoder = dict(params), params['decoder']
     grads['decoder'] -= np.sum(grads['decoder'] * decoder, axis=1, keepdims=True) * decoder
     norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
     grads = {name: g * min(1, CLIP / norm) for name, g in grads.items()}
     for name in NAMES:
-      ema[name] = EMA * ema[name] + (1 - EMA) * params[name]
       mu[name] = 0.9 * mu[name] + 0.1 * grads[name]
       nu[name] = 0.999 * nu[name] + 0.001 * grads[name] ** 2
       update = mu[name] / (1 - 0.9**t) / (np.sqrt(nu[name] / (1 - 0.999**t)) + EPS)
       params[name] = params[name] - LEARNING_RATE * update
+    if not parity:
+      params['decoder'] = unit_rows(params['decoder'])
+    for name in NAMES:
+      ema[name] = EMA * ema[name] + (1 - EMA) * (old if parity else params)[name]
     curve.append((loss, norm))
     n_dead.append((clock_l > DEAD // B).sum())
   return params, ema, np.array(curve), n_dead
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (2, 2)], ids=str)
-def test_fifty_steps_are_those_of_openais_trainer(shape):
+@pytest.mark.parametrize('parity', [False, True], ids=['ours', 'parity'])
+def test_fifty_steps_are_those_of_numpy(shape, parity):
   acts_sbd = activations()
   params = start()
-  recipe = losses.TopK(((K, 1.0),), AUXK, COEF, DEAD, parity=True)
+  recipe = losses.TopK(((K, 1.0),), AUXK, COEF, DEAD, parity=parity)
   tx = optimizer.adam(LEARNING_RATE, eps=EPS, clip=CLIP)
   with jax.enable_x64(True), jax.set_mesh(sharding.make_mesh(*shape)):
     dims = ('latent d', 'latent d', 'd', 'latent')
@@ -106,10 +118,14 @@ def test_fifty_steps_are_those_of_openais_trainer(shape):
     state = train_step.init_state(model, acts_sbd[0], tx, EMA)
     mse_scale = float(state.mse_scale)
     state, metrics = train_step.train_steps(state, acts_sbd, tx, recipe, EMA)
-    ours = {name: np.asarray(getattr(state.sae, name)[...]) for name in NAMES}
-    average = {name: np.asarray(getattr(state.ema, name)[...]) for name in NAMES}
-  expected, expected_average, curve, n_dead = openai_run(params, acts_sbd, mse_scale)
-  assert n_dead[0] == 0  # where AuxK still moves pre_bias
+    trained = train_step.trained_sae(state, EMA)
+    ours, average, kept = (
+      {name: np.asarray(getattr(found, name)[...]) for name in NAMES} for found in (state.sae, state.ema, trained)
+    )
+  sample_bd = acts_sbd[0].astype(np.float64)
+  np.testing.assert_allclose(1 / mse_scale, np.mean((sample_bd - sample_bd.mean(0)) ** 2), rtol=1e-6)
+  expected, expected_average, curve, n_dead = steps(params, acts_sbd, mse_scale, parity)
+  assert n_dead[0] == 0  # where in parity mode AuxK still moves pre_bias
   assert min(n_dead[10:]) >= 30
   assert (curve[:, 1] > CLIP).any()
   assert (curve[:, 1] < CLIP).any()
@@ -120,3 +136,6 @@ def test_fifty_steps_are_those_of_openais_trainer(shape):
   for name in NAMES:
     np.testing.assert_allclose(ours[name], expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
     np.testing.assert_allclose(average[name], expected_average[name], rtol=1e-6, atol=1e-7, err_msg=name)
+    corrected = expected_average[name] / (1 - EMA**S)
+    corrected = unit_rows(corrected) if name == 'decoder' else corrected
+    np.testing.assert_allclose(kept[name], corrected, rtol=1e-6, atol=1e-7, err_msg=name)
