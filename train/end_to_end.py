@@ -2,7 +2,8 @@
 
 Leaves workdir/end_to_end/final, which `models.sae.load_sae` reads, and metrics.jsonl. A batch is a function of the seed
 and the step, so the state, which is checkpointed, holds the position in the text: killed at any moment and run again,
-it ends with the same numbers.
+it ends with the same numbers. The loss is that of `end_to_end.EndToEnd`, of which AuxK is no part: of config.sae, auxk
+and auxk_coef mean nothing here.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""End-to-end loss: an SAE or transcoder judged by what the subject model says with its reconstruction in place.
+"""End-to-end loss: an SAE judged by what the subject model says with its reconstruction in place.
 
 The gradient comes through the rest of the model, so that latents serve what the model computes and not how its
 activations vary (Braun et al. 2024). The model itself does not change.
@@ -29,7 +29,7 @@ class EndToEnd:
   """A loss over tokens: divergence of the model with the reconstruction, + mse_coef MSE + l1_coef E sum_l latents_l.
 
   The divergence is KL(clean || spliced) of the next token's distributions ('kl'), or the cross-entropy of the text
-  ('cross_entropy'), in nats; the mean over the predictions at kept tokens. The MSE is the normalized one, of the site.
+  ('cross_entropy'), in nats; the mean over the predictions at kept tokens. The MSE is the normalized one, of the site. AuxK is no part of it.
 
   Attributes:
     site: where the reconstruction stands, [batch, token, d].

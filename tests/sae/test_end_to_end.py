@@ -43,6 +43,30 @@ def test_an_exact_sae_loses_nothing(mesh):
 
 
 @pytest.mark.parametrize('divergence', end_to_end.DIVERGENCES)
+def test_the_loss_is_that_of_the_clean_and_the_spliced_logits_in_float64(divergence):
+  with jax.set_mesh(sharding.make_mesh(2, 2)):
+    model = families.build('gpt2')
+    made = dictionary(model)
+    made.decoder[...] *= 4  # far off, so that KL(spliced || clean) is another
+    metrics, _, _ = run(end_to_end.EndToEnd(SITE, divergence, mse_coef=0.3, l1_coef=0.01), made, model)
+    latents_btl, norm = made.encode(acts_of(model))
+    recons_btd = made.decode(latents_btl, norm)
+    error_btd = np.asarray((recons_btd - acts_of(model)) / norm.scale, np.float64)
+    splice = sites.patch(SITE, recons_btd, KEEP[..., None])
+    logits = [np.asarray(sites.forward(model, TOKENS, edits)[0], np.float64)[:, :-1] for edits in ([], [splice])]
+  clean, spliced = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
+  counted = KEEP[:, 1:] & KEEP[:, :-1]
+  kl_of = lambda p, q: (np.exp(p) * (p - q)).sum(-1)[counted].mean()
+  kl = kl_of(clean, spliced)
+  text = -np.take_along_axis(spliced, TOKENS[:, 1:, None], 2)[..., 0][counted].mean()
+  assert abs(kl_of(spliced, clean) / kl - 1) > 0.01
+  np.testing.assert_allclose([metrics['kl'], metrics['cross_entropy']], [kl, text], rtol=1e-5)
+  mse, l1 = 0.5 * np.mean(error_btd[KEEP] ** 2), np.asarray(latents_btl, np.float64)[KEEP].sum(1).mean()
+  expected = (kl if divergence == 'kl' else text) + 0.3 * mse + 0.01 * l1
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('divergence', end_to_end.DIVERGENCES)
 @pytest.mark.parametrize('kind', [TopK(K), ReLU()], ids=['topk', 'relu'])
 def test_gradients_are_finite_differences(mesh, divergence, kind):
   model = families.build('gpt2')
