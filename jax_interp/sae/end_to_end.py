@@ -29,7 +29,8 @@ class EndToEnd:
   """A loss over tokens: divergence of the model with the reconstruction, + mse_coef MSE + l1_coef E sum_l latents_l.
 
   The divergence is KL(clean || spliced) of the next token's distributions ('kl'), or the cross-entropy of the text
-  ('cross_entropy'), in nats; the mean over the predictions at kept tokens. The MSE is the normalized one, of the site. AuxK is no part of it.
+  ('cross_entropy'), in nats; the mean over the predictions at kept tokens. The MSE is the normalized one, of the site.
+  AuxK is no part of the loss.
 
   Attributes:
     site: where the reconstruction stands, [batch, token, d].

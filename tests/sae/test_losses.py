@@ -121,10 +121,12 @@ def test_the_parts_of_the_loss_are_weighted():
 
 def test_a_shard_may_have_fewer_latents_than_are_chosen():
   """Each of eight has 16 of them, of k = 20, 4 k = 80 and 24 dead ones for the error."""
-  levels, dead = ((20, 1.0), (80, 1 / 8)), np.arange(0, L, 4)
+  levels, hot = ((20, 1.0), (80, 1 / 8)), np.arange(48, 64)  # all of the fourth win
+  dead = np.setdiff1d(np.arange(0, L, 4), hot)
   params = PARAMS | {name: np.array(PARAMS[name]) for name in ('encoder', 'latent_bias')}
   params['encoder'][dead] /= 50  # positive on many tokens, and never among the 20 largest
   params['latent_bias'][dead] = 0.1
+  params['latent_bias'][hot] += 40
   clock = np.zeros(L, np.int32)
   clock[dead] = DEAD
   objective = losses.TopK(levels, auxk=24, auxk_coef=0.5, dead_tokens=DEAD)
