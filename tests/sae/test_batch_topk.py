@@ -1,5 +1,7 @@
 """BatchTopK and its Matryoshka prefixes: the formulas in float64 on every mesh, and a threshold after training."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,16 +49,21 @@ def example():
   return sae.build({name: x.astype(np.float32) for name, x in ARRAYS.items()}, {'activation': 'topk', 'k': K})
 
 
-@pytest.mark.parametrize('shape', MESHES, ids=str)
-@pytest.mark.parametrize('prefixes', [(), PREFIXES], ids=['batch_topk', 'matryoshka'])
-@pytest.mark.parametrize('with_dead', [False, True], ids=['alive', 'dead'])
-def test_losses_and_gradients_are_the_formula_in_float64(shape, prefixes, with_dead):
+@functools.cache
+def measured(shape, prefixes, with_dead):
   recipe = batch_topk.BatchTopK(K, AUXK, AUXK_COEF, DEAD, prefixes)
   clock = np.zeros(L, np.int32)
   clock[SILENT] = DEAD * with_dead
   with jax.set_mesh(sharding.make_mesh(*shape)):
     metrics, _, grads = jax.jit(recipe.loss_and_grads)(example(), X, X, clock, MSE_SCALE, 0)
-    grads = {name: np.asarray(param[...]) for name, param in sae.named_parameters(grads).items()}
+    return metrics, {name: np.asarray(param[...]) for name, param in sae.named_parameters(grads).items()}
+
+
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+@pytest.mark.parametrize('prefixes', [(), PREFIXES], ids=['batch_topk', 'matryoshka'])
+@pytest.mark.parametrize('with_dead', [False, True], ids=['alive', 'dead'])
+def test_losses_and_gradients_are_the_formula_in_float64(shape, prefixes, with_dead):
+  metrics, grads = measured(shape, prefixes, with_dead)
   with jax.enable_x64(True):
     params = {name: jnp.asarray(x.astype(np.float32), jnp.float64) for name, x in ARRAYS.items()}
     dead = np.isin(np.arange(L), SILENT) & with_dead
@@ -70,6 +77,10 @@ def test_losses_and_gradients_are_the_formula_in_float64(shape, prefixes, with_d
   for name, grad in grads.items():
     # A few float32 roundings of the largest entry: entries are sums over the batch.
     np.testing.assert_allclose(grad, expected[name], atol=3e-6 * np.abs(expected[name]).max(), err_msg=name)
+  alone, grads_alone = measured((1, 1), prefixes, with_dead)
+  np.testing.assert_allclose(metrics['loss'], alone['loss'], rtol=1e-6)
+  for name, grad in grads.items():
+    assert np.linalg.norm(grad - grads_alone[name]) < 1e-6 * np.linalg.norm(grads_alone[name]), name
 
 
 @pytest.mark.parametrize('prefixes', [(24,), (24, 24, 64), (64, 24), (0, 64), (24, 65)])

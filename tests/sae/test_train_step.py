@@ -10,14 +10,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jax_interp.sae import hlo, losses, optimizer, train_step
+from jax_interp.sae import hlo, losses, optimizer, resample, train_step
 from jax_interp.sae.batch_topk import BatchTopK
 from jax_interp.sae.gated import Gated
 from jax_interp.sae.jumprelu import JumpReLU
 from jax_interp.sae.micro_batches import MicroBatched
 from jax_interp.sae.prolu import ProLU
 from jax_interp.sae.relu_l1 import ReLUL1
-from models import sae, sharding
+from models import activation_functions, sae, sharding
 
 S, B, D, L, K = 3, 64, 24, 512, 4
 OBJECTIVE = losses.TopK(((K, 1.0), (4 * K, 1 / 8)), auxk=64, dead_tokens=2 * B)
@@ -145,6 +145,17 @@ def test_nothing_of_batch_by_latents_crosses_devices(name):
   assert 0 < largest_moved(text, {'data': 2, 'model': 4}) < LARGE
   if kind == 'topk':  # AuxK
     assert any(collective.branch for collective in hlo.read(text, {'data': 2, 'model': 4}).collectives)
+
+
+def test_nor_does_resampling_send_them():
+  n = 32 * B  # so that [latent, d], which it may send, is small beside [batch, latent]
+  with jax.set_mesh(sharding.make_mesh(2, 4)):
+    acts_bd = sharding.place(np.random.default_rng(0).normal(size=(n, D)).astype(np.float32), 'row d_model')
+    model = sae.init_tied(jax.random.key(0), acts_bd, L, activation_functions.ReLU())
+    clock_l = sharding.place(np.zeros(L, np.int32), 'latent')
+    state = model, optimizer.adam(1e-3).init(model), clock_l, acts_bd, jax.random.key(0)
+    text = resample.resample.lower(*state, dead_tokens=10).compile().as_text()
+  assert 0 < largest_moved(text, {'data': 2, 'model': 4}) < n // 2 * L // 4
 
 
 def test_a_step_moves_no_pre_activations_and_sorts_nothing():
