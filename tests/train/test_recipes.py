@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from configs import recipes as recipe_configs
+from configs import transcoder
 from jax_interp.sae import train_step
 from models import sae, sharding
 from train import recipes
@@ -136,6 +137,15 @@ def test_a_missing_field_names_where_it_is():
 def test_a_transcoders_target_has_no_norm_of_its_input(normalization):
   with pytest.raises(ValueError, match='cannot be undone on the target of a transcoder; choose none or'):
     recipes.plan(settings_of('topk', normalization=normalization), N_STEPS, target=True)
+
+
+def test_the_transcoder_config_is_one_that_trains(mesh):
+  settings = transcoder.get_config().sae.to_dict() | {'warmup_steps': 2, 'skip': True}
+  plan = recipes.plan(settings, N_STEPS, target=True)
+  fresh = plan.init(jax.random.key(0), ACTS[0], TARGETS[0])
+  state = train_step.init_state(fresh, ACTS[0], plan.tx, plan.ema, TARGETS[0])
+  _, metrics = train_step.train_steps(state, ACTS[:4], plan.tx, plan.recipe, plan.ema, TARGETS[:4])
+  assert np.isfinite(metrics['loss']).all()
 
 
 def test_resampling_is_given_rows_that_stay_on_their_devices(monkeypatch):
