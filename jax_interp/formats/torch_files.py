@@ -60,8 +60,8 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
       nothing of it has then been run.
   """
   advice = (
-    'it is no whole file of torch.save (of torch before 1.6, load and save it with a newer torch), and nothing of it '
-    'was run'
+    'fetch it again or, if it holds more than tensors or is of torch before 1.6, save its state_dict alone with a '
+    'newer torch; nothing of it was run'
   )
   reading = files.reading(path, 'is damaged or not to be trusted', advice)
   with open(path, 'rb') as file, reading, zipfile.ZipFile(file) as archive:

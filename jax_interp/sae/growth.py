@@ -323,12 +323,15 @@ def _largest(sae, acts_bd, n):
 
 
 def _threshold(sae, acts_bd, l0):
-  n_kept = max(round(l0 * len(acts_bd)), 0)
+  if not 0 < l0 <= sae.n_latents:
+    raise ValueError(f'no threshold gives an L0 of {l0:g}; choose one above 0, up to n_latents {sae.n_latents}')
+  n_kept = round(l0 * len(acts_bd))
   largest, n_positive = _largest(sae, acts_bd, n_kept + 1)
   if not 1 <= n_kept <= n_positive:
     raise ValueError(
       f'no threshold gives an L0 of {l0:g}: the sample of {len(acts_bd)} tokens has '
-      f'{n_positive / len(acts_bd):.1f} positive pre-activations a token; choose an L0 above 0 and below that'
+      f'{n_positive / len(acts_bd):.1f} positive pre-activations a token; choose an L0 below that, of '
+      f'{1 / len(acts_bd):g} or above'
     )
   # Just below the last that is kept, and halfway to the next, if there is one: no pre-activation that is computed with
   # other roundings falls on the other side.
