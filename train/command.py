@@ -137,9 +137,13 @@ def sentence(e: Exception) -> str:
 class _Lines:
   """stderr that is no terminal: each state of a bar is a line."""
 
+  def __init__(self):
+    self._last = ''
+
   def write(self, text: str):
-    if line := text.strip():
+    if (line := text.strip()) and line != self._last:
       sys.stderr.write(f'{line}\n')
+      self._last = line
 
   def flush(self):
     sys.stderr.flush()

@@ -94,7 +94,8 @@ def run(config, workdir):
   n_batches = min(config.evaluate.n_tokens, windows_et.size) // (config.evaluate.batch_size * windows_et.shape[1])
   windows_et = windows_et[: n_batches * config.evaluate.batch_size]
   keep_nbt = text.kept(windows_et, text.special_ids(subject.tokenizer)).reshape(n_batches, -1, windows_et.shape[1])
-  members = {name: settings for name, settings in members.items() if not train_sae.diverged(workdir, name)}
+  diverged = {name: why for name in members if (why := train_sae.diverged(workdir, name))}
+  members = {name: settings for name, settings in members.items() if name not in diverged}
   sites = tuple(dict.fromkeys(settings.site for settings in members.values()))
   captured = activations.stream(subject.model, windows_et, sites, config.evaluate.batch_size)
   acts = {site: [] for site in sites}
@@ -111,9 +112,10 @@ def run(config, workdir):
       results[name] = {'recipe': settings.recipe, 'n_latents': sae.n_latents, **numbers, 'at_other_ks': others}
       if command.stopping():
         raise command.Stopped('nothing is saved: comparing is short; run the same command again')
-  print(table(results))
+  lines = [table(results), *(f'\n{name} has no SAE: {why}' for name, why in diverged.items())]
+  print('\n'.join(lines))
   draw(results, folder / 'frontier.png')
-  store.write_lines(folder / 'table.md', [table(results)])
+  store.write_lines(folder / 'table.md', lines)
   store.write_json(folder / 'metrics.json', results)
   command.finish(folder)
 

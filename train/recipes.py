@@ -33,6 +33,10 @@ MULTI_TOPK_RATIO, MULTI_TOPK_WEIGHT = 4, 1 / 8  # L(k) + L(4k) / 8 (Gao et al. 2
 EXPECTED_AVERAGE = 'expected_average'
 NORMALIZATIONS = ('none', 'layer_norm_std', 'unit_norm', EXPECTED_AVERAGE)
 REQUIRED = object()
+NOT_NEGATIVE = {
+  'learning_rate', 'warmup_steps', 'adam_eps', 'clip', 'dead_tokens', 'auxk', 'auxk_coef', 'l1_coef', 'l1_warmup_steps',
+  'resample_every', 'resample_until', 'resample_exponent', 'coef', 'coef_warmup_steps', 'initial_threshold',
+}  # fmt: skip
 AUTO = 'auto'  # of UNTIL_MEASURED: train.sae replaces it by what is fastest on the machine
 UNTIL_MEASURED = {'kernels': 'sparse', 'compute_dtype': 'float32'}
 CALIBRATION_TOKENS = 4096
@@ -326,16 +330,18 @@ def _check(s, target, batch_size):
   sae.check_settings(s['n_latents'], s.get('k'), 'none')
   for field in ('ema', 'adam_b1', 'adam_b2'):
     if not 0 <= s[field] < 1:
-      raise ValueError(f'sae.{field} {s[field]} is not within 0 and 1, 1 left out')
-  for field in ('warmup_steps', 'clip', 'dead_tokens', 'auxk', 'auxk_coef', 'l1_coef', 'resample_every'):
-    if s.get(field, 0) < 0:
-      raise ValueError(f'sae.{field} {s[field]} is below 0')
+      raise ValueError(f'sae.{field} {s[field]} is no average; choose a number from 0 on, below 1')
+  for field in NOT_NEGATIVE & set(s):
+    if not s[field] >= 0:  # nor is NaN
+      raise ValueError(f'sae.{field} {s[field]} is not 0 or above; choose a number that is')
   if s.get('parity') and (s['recipe'] != 'topk' or target):
     raise ValueError(
       'sae.parity is of the recipe topk and no transcoder, as the trainer it compares with; set it to False'
     )
-  if s.get('threshold_rate', 1) <= 0:
+  if not s.get('threshold_rate', 1) > 0:
     raise ValueError(f'sae.threshold_rate {s["threshold_rate"]} is not above 0; 1 is the rate of the weights')
+  if not s.get('bandwidth', 1) > 0:
+    raise ValueError(f'sae.bandwidth {s["bandwidth"]} is not above 0; thresholds would have no gradient')
   if 'prefixes' in s:
     batch_topk.check_prefixes(tuple(s['prefixes']), s['n_latents'])
   if s['micro_batches'] < 1 or batch_size % s['micro_batches']:

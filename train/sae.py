@@ -39,6 +39,8 @@ from train import capture, command, dashboards, processes, recipes, sweep, throu
 SAMPLE_TOKENS = 32_768  # for pre_bias and mse_scale, as OpenAI's trainer takes
 SCALES = 'scales.json'  # what inputs and targets of every SAE are multiplied by, which no checkpoint holds
 DIVERGED = 'diverged.json'  # of one SAE of a sweep, which trains on without it
+WAY_OUT = 'Lower sae.learning_rate or set sae.clip'
+_STOPPED = object()  # instead of activations, where one process was asked to stop while it waited for them
 WAIT = 0.5  # seconds between looks at whether the command was asked to stop, while data is awaited
 SOURCES = ('store', 'live')
 # What changes how training is watched, and not the SAE: a run may go on with others.
@@ -58,6 +60,7 @@ class _Member:
   log: command.MetricsLog = None
   show: Callable = None  # writes to a dashboard
   logged: collections.deque = None  # the last losses
+  diverged: dict = None  # what DIVERGED holds of it: the step, and why
 
   @property
   def target_site(self) -> str | None:
@@ -160,7 +163,9 @@ def _members(config, workdir) -> list[_Member]:
     raise ValueError(f'sae.source {settings.source!r} is unknown; choose one of {", ".join(SOURCES)}')
   for field in ('batch_size', 'buffer_examples', 'steps_per_dispatch', 'checkpoint_every', 'log_every'):
     if settings[field] < 1:
-      raise ValueError(f'sae.{field} {settings[field]} is less than 1')
+      raise ValueError(f'sae.{field} {settings[field]} is less than 1; choose more')
+  if not _watching(settings, 'spike_factor') >= 0:
+    raise ValueError(f'sae.spike_factor {settings.spike_factor} is not 0 or above; 0 lets losses spike')
   if _watching(settings, 'checkpoints') < 2:
     raise ValueError(
       f'sae.checkpoints {settings.checkpoints} is less than 2: only the step after it tells that the last one is good'
@@ -265,6 +270,8 @@ def run(config, workdir):
     processes.on_first(lambda: held.enter_context(processes.locked(workdir / 'sae')) and None)
     if processes.on_first(lambda: _claim(config, workdir, members, made)):
       return
+    if config.sae.tokens < 1:
+      raise ValueError(f'sae.tokens {config.sae.tokens} is less than 1, so there is nothing to train; choose more')
     with processes.together():
       stream = streams(config, workdir, list(dict.fromkeys(site for member in members for site in member.sites)))
     _settle_kernels(config.sae, members, stream.widths, workdir / 'sae' / 'fastest.json')
@@ -279,9 +286,15 @@ def run(config, workdir):
       states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
       with processes.together():
         states = checkpoints.restore(states)
+    gone = processes.on_first(lambda: _diverged(members, bool(saved)))
     with processes.together():
       for member in members:
-        member.log = command.MetricsLog(member.folder / 'metrics.jsonl', first)
+        logged_to = first
+        if member.name in gone:
+          member.diverged = gone[member.name]
+          logged_to = member.diverged['step']
+          logging.warning('%s; the others train on', member.diverged['why'])
+        member.log = command.MetricsLog(member.folder / 'metrics.jsonl', logged_to)
         member.logged = collections.deque((line['loss'] for line in member.log.before), SPIKE_LINES)
         log_to = _watching(config.sae, 'log_to') if jax.process_index() == 0 else ''
         name = member.name or workdir.name
@@ -293,11 +306,11 @@ def run(config, workdir):
     states = _train(config.sae, members, states, checkpoints, dispatches, key, first)
     with processes.together():
       checkpoints.wait()
-    _finish(config.sae, [member for member in members if not diverged(workdir, member.name)], states, stream)
+    _finish(config.sae, [member for member in members if not member.diverged], states, stream)
     processes.on_first(lambda: command.finish(workdir / 'sae'))
     for member in members:
-      if (why := diverged(workdir, member.name)) and jax.process_index() == 0:
-        print(f'{member.folder} has no SAE: {why}', file=sys.stderr)
+      if member.diverged and jax.process_index() == 0:
+        print(f'{member.folder} has no SAE: {member.diverged["why"]}', file=sys.stderr)
 
 
 def _claim(config, workdir, members, made) -> bool:
@@ -307,6 +320,8 @@ def _claim(config, workdir, members, made) -> bool:
       f'train.grow has begun in {workdir / "sae"} and not finished; run it again, or delete that folder to train from '
       'the start'
     )
+  if not config.sae.get('sweep') and (why := diverged(workdir)):
+    raise ValueError(f'{workdir} has no SAE: {why}')
   if command.claim(workdir / 'sae', made) and all(
     diverged(workdir, member.name) or (member.folder / 'final').exists() for member in members
   ):
@@ -323,6 +338,15 @@ def _claim(config, workdir, members, made) -> bool:
       if (workdir / shared).exists() and not (place / shared).exists():
         os.symlink(os.path.relpath(workdir / shared, place), place / shared)
   return False
+
+
+def _diverged(members, goes_on) -> dict[str, dict]:
+  """Returns {name: what DIVERGED holds} of SAEs that are trained no further; a run that begins anew tries all again."""
+  paths = {member.name: member.folder / DIVERGED for member in members}
+  if not goes_on:
+    for path in paths.values():
+      path.unlink(missing_ok=True)
+  return {name: json.loads(path.read_text('utf-8')) for name, path in paths.items() if path.exists()}
 
 
 def first_tokens(stream: Streams, settings, n_tokens: int = SAMPLE_TOKENS) -> dict[str, jax.Array]:
@@ -347,7 +371,7 @@ def _fresh(settings, members, stream, key, path, goes_on) -> dict[str, train_ste
     path: of the file of scales, which are parts of no checkpoint: written, or read where training goes on.
     goes_on: whether there is a checkpoint, so that only scales, shapes and shardings matter.
   """
-  scales = json.loads(path.read_text('utf-8')) if goes_on and path.exists() else {}
+  scales = processes.on_first(lambda: json.loads(path.read_text('utf-8')) if goes_on and path.exists() else {})
   with processes.together():
     if scales:
       rng = np.random.default_rng(0)
@@ -367,10 +391,15 @@ def _fresh(settings, members, stream, key, path, goes_on) -> dict[str, train_ste
   return states
 
 
+def _stopping_alone() -> bool:
+  """Whether the only process was asked to stop; several ask each other, after a dispatch."""
+  return jax.process_count() == 1 and command.stopping()
+
+
 def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax.Array]]]:
   """Yields the numbers of the steps that are dispatched together and {site: activations [step, batch, d]} on the mesh.
 
-  Another thread makes the next ones meanwhile. One process that is asked to stop while it waits for them yields None.
+  Another thread makes the next ones meanwhile. One process that is asked to stop while it waits yields _STOPPED.
   """
   n_steps, n_each = math.ceil(settings.tokens / settings.batch_size), settings.steps_per_dispatch
   by_token = NamedSharding(jax.sharding.get_mesh(), sharding.spec('step row d_model'))
@@ -383,16 +412,19 @@ def _dispatches(settings, first, batches) -> Iterator[tuple[range, dict[str, jax
   def make(step):
     if step >= n_steps:
       return None
-    steps = range(step + 1, min(step + n_each, n_steps) + 1)
-    found = list(itertools.islice(batches, len(steps)))
+    steps, found = range(step + 1, min(step + n_each, n_steps) + 1), []
+    for batch in itertools.islice(batches, len(steps)):
+      if _stopping_alone():
+        return _STOPPED
+      found.append(batch)
     return steps, {site: place([batch[site] for batch in found]) for site in found[0]}
 
   with contextlib.closing(batches), concurrent.futures.ThreadPoolExecutor(1) as thread:
     made = thread.submit(make, first)
     for step in itertools.count(first + n_each, n_each):
       while not concurrent.futures.wait([made], WAIT).done:
-        if jax.process_count() == 1 and command.stopping():  # several look together, after a dispatch
-          yield None
+        if _stopping_alone():
+          yield _STOPPED
       if (item := made.result()) is None:
         return
       made = thread.submit(make, step)
@@ -443,17 +475,17 @@ def flops(trained: sae.SparseAutoencoder, l0: float) -> float:
 def _train(settings, members, states, checkpoints, dispatches, key, first) -> dict[str, train_step.TrainState]:
   n_steps = math.ceil(settings.tokens / settings.batch_size)
   clock, done, score = _Clock(throughput.peak('float32')[0]), first, math.inf
-  members = [member for member in members if not (member.folder / DIVERGED).exists()]
+  members = [member for member in members if not member.diverged]
   total, initial = (steps * settings.batch_size for steps in (n_steps, first))
   with contextlib.closing(dispatches), command.progress(None, total, 'train.sae', 'tokens', initial) as bar:
     while True:
       with clock.waiting(), processes.together():
         item = next(dispatches, None)
       if item is None:
-        if done < n_steps:
-          checkpoints.save(done, states, score)
-          _stop(checkpoints, done, n_steps)
         return states
+      if item is _STOPPED:
+        checkpoints.save(done, states, score)
+        _stop(checkpoints, done, n_steps)
       (steps, acts), before, found = item, done, {}
       done = steps[-1]
       with activations.DISPATCHING:
@@ -463,8 +495,8 @@ def _train(settings, members, states, checkpoints, dispatches, key, first) -> di
             states[member.name], acts_sbd, plan.tx, plan.recipe, plan.ema, *targets
           )
       found = jax.device_get(found)  # waits for the steps
-      bad = {name: _not_finite(steps, metrics['loss']) for name, metrics in found.items()}
-      members = _without_diverged(members, bad, checkpoints)
+      faults = {name: _not_finite(steps, metrics['loss']) for name, metrics in found.items()}
+      members = _without_diverged(members, faults, checkpoints)
       found = {member.name: found[member.name] for member in members}
       for member in members:
         _check_spikes(settings, member, steps, found[member.name]['loss'], checkpoints)
@@ -485,8 +517,9 @@ def _train(settings, members, states, checkpoints, dispatches, key, first) -> di
       # Asked once: what is said to be saved is saved.
       stopping = processes.any_of(command.stopping())
       if stopping or done == n_steps or done // settings.checkpoint_every > before // settings.checkpoint_every:
-        bad = {name: '' if _finite(states[name]) else (done, before, 'the weights are not finite') for name in found}
-        members = _without_diverged(members, bad, checkpoints)
+        fault = _Fault('the weights are not finite', done, before)
+        faults = {name: None if _finite(states[name]) else fault for name in found}
+        members = _without_diverged(members, faults, checkpoints)
         checkpoints.save(done, states, score)
       if stopping and done < n_steps:
         _stop(checkpoints, done, n_steps)
@@ -537,38 +570,45 @@ def _finite(state) -> bool:
   return bool(found)
 
 
-def _not_finite(steps, loss_s) -> tuple[int, int, str] | None:
-  """Returns the step, the last one before it whose weights were good, and what is wrong; None if nothing is."""
+class _Fault(NamedTuple):
+  """What is wrong with an SAE: since which step, and the last one before it whose weights were good."""
+
+  what: str
+  step: int
+  good: int
+
+
+def _not_finite(steps, loss_s) -> _Fault | None:
   bad_s = ~np.isfinite(loss_s)
+  if not bad_s.any():
+    return None
   step = steps[bad_s.argmax()]
-  return (step, step - 2, 'the loss is not finite') if bad_s.any() else None  # it tells of the weights before the step
+  return _Fault('the loss is not finite', step, step - 2)  # it tells of the weights before the step
 
 
-def _without_diverged(members, bad, checkpoints) -> list[_Member]:
-  """Returns the SAEs that are finite; of others a file says so, and their folder gets no final SAE.
+def _without_diverged(members, faults, checkpoints) -> list[_Member]:
+  """Returns the SAEs that have no fault; of others a file says so, and their folder gets no final SAE.
 
   Args:
     members: the SAEs.
-    bad: {name: as `_not_finite`}.
-    checkpoints: where nothing else is, those that may not be finite go.
+    faults: {name: `_Fault` or None}.
+    checkpoints: where no SAE is left, those that may not be finite go.
 
   Raises:
     ValueError: none is left.
   """
-  left = [member for member in members if not bad[member.name]]
-  if left == members:
-    return members
+  left = [member for member in members if not faults[member.name]]
   if not left:
-    step, good, what = bad[members[0].name]
-    _forget_after(checkpoints, good)
-    raise ValueError(f'{_bad(_of(members[0], what), step, checkpoints.steps(), checkpoints)}, in another --workdir')
+    what = '; '.join(_of(member, faults[member.name].what) for member in members)
+    _forget_after(checkpoints, min(fault.good for fault in faults.values()))
+    step = min(fault.step for fault in faults.values())
+    raise ValueError(f'{_bad(what, step, checkpoints.steps(), checkpoints)}, in another --workdir')
   for member in members:
-    if bad[member.name]:
-      step, good, what = bad[member.name]
-      steps = [saved for saved in checkpoints.steps() if saved <= good]
-      said = f'{_bad(_of(member, what), step, steps, checkpoints)}, in another --workdir or sweep'
-      processes.on_first(lambda: store.write_json(member.folder / DIVERGED, {'step': step, 'why': said}))  # noqa: B023
-      logging.warning('%s; the others train on', said)
+    if fault := faults[member.name]:
+      why = f'{_of(member, fault.what)} at step {fault.step}. {WAY_OUT}, in another --workdir'
+      member.diverged = {'step': fault.step, 'why': why}
+      processes.on_first(lambda: store.write_json(member.folder / DIVERGED, member.diverged))  # noqa: B023
+      logging.warning('%s; the others train on', why)
   return left
 
 
@@ -600,7 +640,7 @@ def _forget_after(checkpoints, step):
 
 def _bad(what, step, good, checkpoints) -> str:
   kept = f'the last good checkpoint is {checkpoints.folder / str(max(good))}' if good else 'there is no checkpoint yet'
-  return f'{what} at step {step}; {kept}. Lower sae.learning_rate or set sae.clip'
+  return f'{what} at step {step}; {kept}. {WAY_OUT}'
 
 
 def _finish(settings, members, states, stream):

@@ -35,8 +35,32 @@ class Terms(NamedTuple):
 
 
 def product(x_ij: jax.Array, y_jk: jax.Array, dtype: str) -> jax.Array:
-  """Returns x y [i, k] in float32, of operands that are rounded to the dtype, as products of its gradients' are."""
-  return (x_ij.astype(dtype) @ y_jk.astype(dtype)).astype(jnp.float32)
+  """Returns x y [i, k]: operands are rounded to the dtype, in its gradients' products too, and sums are float32."""
+  if dtype == 'float32':
+    return x_ij @ y_jk
+  axes = [set(jax.typeof(a).manual_axis_type.varying) for a in (x_ij, y_jk)]
+  vary = lambda a, others: jax.lax.pcast(a, tuple(others), to='varying') if others else a
+  return _rounded_product(vary(x_ij, axes[1] - axes[0]), vary(y_jk, axes[0] - axes[1]), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded_product(x_ij, y_jk, dtype):
+  return _rounded_product_forward(x_ij, y_jk, dtype)[0]
+
+
+def _rounded_product_forward(x_ij, y_jk, dtype):
+  x_ij, y_jk = x_ij.astype(dtype), y_jk.astype(dtype)
+  return jnp.matmul(x_ij, y_jk, preferred_element_type=jnp.float32), (x_ij, y_jk)
+
+
+def _rounded_product_backward(dtype, operands, grad_ik):
+  x_ij, y_jk = operands
+  product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+  grad_ik = grad_ik.astype(dtype)
+  return product(grad_ik, y_jk.T), product(x_ij.T, grad_ik)
+
+
+_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 def linear(sae: SparseAutoencoder, x_bd: jax.Array, dtype: str) -> jax.Array:

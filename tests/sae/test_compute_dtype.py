@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jax_interp.sae import batch_topk, gated, jumprelu, optimizer, prolu, relu_l1, train_step
+from jax_interp.sae import batch_topk, dense, gated, jumprelu, optimizer, prolu, relu_l1, train_step
 from models import activation_functions, sae, sharding
 
 B, D, L, K = 64, 16, 128, 8
@@ -47,6 +48,18 @@ def products(text):
   """Returns the types of the operands of products of matrices in a lowered program."""
   found = re.findall(r'dot_general .*: \(tensor<([\dx]*)x(\w+)>, tensor<([\dx]*)x(\w+)>\)', text)
   return {(left, right) for a, left, b, right in found if 'x' in a and 'x' in b}
+
+
+def test_a_product_and_its_gradients_round_operands_and_not_sums():
+  rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+  with jax.set_mesh(sharding.make_mesh(1, 1)):
+    run = jax.shard_map(lambda x, y: dense.product(x, y, 'bfloat16'), in_specs=(P(), P()), out_specs=P())
+    found_bl, back = jax.vjp(jax.jit(run), X, ROWS.T)
+    grads = back(jnp.asarray(found_bl) + 1)
+  np.testing.assert_allclose(found_bl, rounded(X) @ rounded(ROWS.T), atol=1e-5)
+  grad_bl = rounded(np.asarray(found_bl) + 1)
+  for grad, expected in zip(grads, (grad_bl @ rounded(ROWS), rounded(X.T) @ grad_bl), strict=True):
+    np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', RECIPES)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,9 +81,10 @@ def config_of(tmp_path, **changes):
 
 
 @pytest.fixture(autouse=True)
-def _peak(monkeypatch):
-  """Measuring what the processor could do takes seconds."""
+def _peak_and_questions(monkeypatch):
+  """Measuring what the processor could do takes seconds; tests that count questions count those after a dispatch."""
   monkeypatch.setattr(train_sae.throughput, 'peak', lambda dtype: (1e12, 'made up'))
+  monkeypatch.setattr(train_sae, '_stopping_alone', lambda: False)
 
 
 @pytest.fixture
@@ -376,15 +378,18 @@ def test_a_stopped_run_of_the_live_model_resumes_to_bit_identical_weights(one_de
     ({'checkpoints': 1}, 'sae.checkpoints 1 is less than 2'),
     ({'log_every': 0}, 'sae.log_every 0 is less than 1'),
     ({'checkpoint_every': 0}, 'sae.checkpoint_every 0 is less than 1'),
-    ({'ema': 1.0}, 'sae.ema 1.0 is not within 0 and 1, 1 left out'),
-    ({'clip': -1.0}, 'sae.clip -1.0 is below 0'),
+    ({'ema': 1.0}, 'sae.ema 1.0 is no average'),
+    ({'clip': -1.0}, 'sae.clip -1.0 is not 0 or above'),
+    ({'tokens': 0}, 'sae.tokens 0 is less than 1, so there is nothing to train'),
+    ({'spike_factor': -1.0}, 'sae.spike_factor -1.0 is not 0 or above'),
     ({'parity': True, 'recipe': 'multi_topk'}, 'sae.parity is of the recipe topk'),
     ({'log_to': 'paper'}, "sae.log_to 'paper' is unknown; choose one of tensorboard, wandb, or leave it empty"),
     ({'sweep': ({'batch_size': 64},)}, 'sae.sweep overrides batch_size, which all SAEs of a stream share'),
     ({'sweep': ({'n_latens': 64},)}, "overrides 'n_latens', which is no field of sae; the nearest are n_latents"),
     ({'sweep': ({'k': 2}, {'k': 2})}, "sae.sweep has 'k=2' twice"),
     ({'sweep': ({}, {'k': 300})}, 'k 300 is not within 1 and n_latents 128'),
-    ({'learning_rate': float('nan')}, 'the loss is not finite at step 2; there is no checkpoint yet'),
+    ({'learning_rate': float('nan')}, 'sae.learning_rate nan is not 0 or above'),
+    ({'learning_rate': 1e38, 'warmup_steps': 0}, r'the loss is not finite at step \d; there is no checkpoint yet'),
   ],
 )
 def test_bad_settings_raise_one_clear_sentence(one_device, activations, changes, message):
@@ -402,12 +407,13 @@ def test_a_checkpoint_of_another_config_raises_and_stays(one_device, activations
   assert store.latest_step(activations / 'sae' / 'checkpoints') == 2
 
 
-def poison(monkeypatch, step):
-  """Has the activations of the call that begins behind a step be NaN."""
+def poison(monkeypatch, step, k=4):
+  """Has activations be NaN in the calls of SAEs of this k that begin behind a step."""
   train_steps = train_sae.train_step.train_steps
 
-  def poisoned(state, acts_sbd, *args):
-    return train_steps(state, acts_sbd * np.nan if state.step == step else acts_sbd, *args)
+  def poisoned(state, acts_sbd, tx, recipe, *args):
+    poisons = recipe.levels[0][0] == k and state.step >= step
+    return train_steps(state, acts_sbd * np.nan if poisons else acts_sbd, tx, recipe, *args)
 
   monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
 
@@ -444,24 +450,19 @@ def test_weights_that_are_not_finite_are_not_saved(one_device, activations, monk
 
 def test_an_sae_of_a_sweep_that_diverges_leaves_the_others_as_they_are(one_device, activations, monkeypatch, capsys):
   config = config_of(activations, sweep=({'name': 'good'}, {'name': 'bad', 'k': 8}), checkpoint_every=2)
-  train_steps = train_sae.train_step.train_steps
-
-  def poisoned(state, acts_sbd, tx, recipe, *args):
-    bad = recipe.levels[0][0] == 8 and state.step >= 6
-    return train_steps(state, acts_sbd * np.nan if bad else acts_sbd, tx, recipe, *args)
-
-  monkeypatch.setattr(train_sae.train_step, 'train_steps', poisoned)
+  poison(monkeypatch, 6, k=8)
   asked = itertools.count(1)
   monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 5)  # and goes on without it
   with pytest.raises(command.Stopped, match='step 10 of 12'):
     train_sae.run(config, activations)
   train_sae.run(config, activations)
-  said = r'bad: the loss is not finite at step 7; the last good checkpoint is .*/sae/checkpoints/4\. Lower'
+  said = r'bad: the loss is not finite at step 7\. Lower sae.learning_rate or set sae.clip, in another --workdir'
   assert re.search(said, capsys.readouterr().err)
   assert [line['step'] for line in metrics(activations / 'sweep' / 'bad')] == [2, 4, 6]
   assert not (activations / 'sweep' / 'bad' / 'sae' / 'final').exists()
-  with pytest.raises(ValueError, match=said):
-    train_sae.load(alone(config, 'bad'), activations / 'sweep' / 'bad')
+  for stage in (train_sae.load, train_sae.run):
+    with pytest.raises(ValueError, match=said):
+      stage(alone(config, 'bad'), activations / 'sweep' / 'bad')
   train_sae.run(alone(config, 'good'), activations / 'alone')
   assert_same(activations / 'sweep' / 'good', activations / 'alone')
   train_sae.run(config, activations)
@@ -469,10 +470,43 @@ def test_an_sae_of_a_sweep_that_diverges_leaves_the_others_as_they_are(one_devic
 
 
 def test_a_sweep_of_which_none_is_left_ends(one_device, activations, monkeypatch):
-  config = config_of(activations, sweep=({'name': 'one'}, {'name': 'other', 'k': 8}), steps_per_dispatch=1)
+  config = config_of(activations, sweep=({'name': 'one'}, {'name': 'other'}), steps_per_dispatch=1)
   poison(monkeypatch, 6)
-  with pytest.raises(ValueError, match=r'one: the loss is not finite at step 7; the last good checkpoint is .*/4\.'):
+  message = r'one: the loss is not finite; other: the loss is not finite at step 7; the last good checkpoint is .*/4\.'
+  with pytest.raises(ValueError, match=message):
     train_sae.run(config, activations)
+
+
+@pytest.mark.parametrize('deleted', [False, True])
+def test_a_sweep_that_begins_anew_tries_all_of_it_again(one_device, activations, monkeypatch, deleted):
+  """Killed behind the divergence and before a checkpoint, or with its folder deleted."""
+  config = config_of(activations, sweep=({'name': 'good'}, {'name': 'bad', 'k': 8}), log_every=1, checkpoint_every=100)
+  with monkeypatch.context() as patched:
+    poison(patched, 6, k=8)
+    if deleted:
+      train_sae.run(config, activations)
+      shutil.rmtree(activations / 'sae')
+    else:
+      patched.setattr(train_sae, '_status', lambda found, times: 1 / (len(found) - 1) and {})
+      with pytest.raises(ZeroDivisionError):
+        train_sae.run(config, activations)
+  assert (activations / 'sweep' / 'bad' / 'sae' / 'diverged.json').exists()
+  train_sae.run(config, activations)
+  assert not (activations / 'sweep' / 'bad' / 'sae' / 'diverged.json').exists()
+  assert [line['step'] for line in metrics(activations / 'sweep' / 'bad')] == list(range(1, N_STEPS + 1))
+  assert train_sae.load(alone(config, 'bad'), activations / 'sweep' / 'bad').k == 8
+
+
+def test_the_curve_of_an_sae_that_diverged_stays_when_the_others_go_on(one_device, activations, monkeypatch):
+  config = config_of(activations, sweep=({'name': 'good'}, {'name': 'bad', 'k': 8}), log_every=1, checkpoint_every=4)
+  poison(monkeypatch, 6, k=8)
+  with monkeypatch.context() as patched:
+    patched.setattr(train_sae, '_status', lambda found, times: 1 / (len(found) - 1) and {})  # ends it, as a kill does
+    with pytest.raises(ZeroDivisionError):
+      train_sae.run(config, activations)
+  train_sae.run(config, activations)  # from step 4
+  assert [line['step'] for line in metrics(activations / 'sweep' / 'bad')] == list(range(1, 7))
+  assert [line['step'] for line in metrics(activations / 'sweep' / 'good')] == list(range(1, N_STEPS + 1))
 
 
 def test_a_sweep_counts_the_tokens_of_its_stream_once(one_device, activations, monkeypatch):
@@ -514,7 +548,7 @@ def test_asked_to_stop_while_it_waits_for_data_it_saves_at_once(one_device, acti
 
   def waiting(futures, timeout):
     done = wait(futures, timeout if futures[0].done() else 0.1)
-    monkeypatch.setattr(command, 'stopping', lambda: not done.done)
+    monkeypatch.setattr(train_sae, '_stopping_alone', lambda: not done.done)
     return done
 
   waited = store.Checkpoints.wait
@@ -524,7 +558,7 @@ def test_asked_to_stop_while_it_waits_for_data_it_saves_at_once(one_device, acti
     patched.setattr(store.Checkpoints, 'wait', lambda to: waited(to) or (to._manager.all_steps() and come.set()))
     with pytest.raises(command.Stopped, match=f'step {n_before} of 12 is saved'):
       train_sae.run(config, activations / 'stopped')
-  monkeypatch.setattr(command, 'stopping', lambda: False)
+  monkeypatch.setattr(train_sae, '_stopping_alone', lambda: False)
   for name in ('stopped', 'whole'):
     train_sae.run(config, activations / name)
   assert_same(activations / 'stopped', activations / 'whole')
