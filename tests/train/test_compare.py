@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import recipes_sweep
+from jax_interp import store
 from models import sae as sae_lib
 from models import sharding
 from models.activation_functions import ReLU, TopK
@@ -17,7 +18,7 @@ from train import command, compare, recipes, sweep
 from train import sae as train_sae
 
 D = runs.D
-SWEEP = ({'name': 'exact', 'recipe': 'relu', 'l1_coef': 0.0}, {'name': 'rough', 'k': 4})
+SWEEP = ({'name': 'exact', 'recipe': 'relu', 'l1_coef': 0.0}, {'name': 'rough', 'k': 4}, {'name': 'gone', 'k': 3})
 
 
 def make_config(workdir, **changes):
@@ -38,6 +39,8 @@ def workdir(tmp_path_factory):
     command.finish(folder / 'sae')
     for name, kind in (('exact', ReLU()), ('rough', TopK(4))):
       sae_lib.save(sweep.folder(folder, name) / 'sae' / 'final', make(kind))
+    diverged = {'step': 3, 'why': 'gone: the loss is not finite at step 3'}
+    store.write_json(sweep.folder(folder, 'gone') / 'sae' / train_sae.DIVERGED, diverged)
   return folder
 
 
@@ -56,7 +59,8 @@ def test_every_sae_has_a_row_and_other_ks_are_decoded(workdir, capsys):
   assert np.all(np.diff(mses[:4]) < 0)
   np.testing.assert_allclose(mses[3:], 0, atol=1e-5)
   lines = (workdir / 'comparison' / 'table.md').read_text().splitlines()
-  assert [line.split()[1] for line in lines[2:]] == ['relu', 'topk']
+  assert [line.split()[1] for line in lines[2:4]] == ['relu', 'topk']
+  assert lines[4:] == ['', 'gone has no SAE: gone: the loss is not finite at step 3']
   assert (workdir / 'comparison' / 'frontier.png').stat().st_size > 1000
   compare.run(make_config(workdir), workdir)
   assert 'done already' in capsys.readouterr().out
