@@ -87,6 +87,7 @@ def folder(tmp_path):
 def stop_at_6(monkeypatch):
   asked = iter([False, False, True])
   monkeypatch.setattr(command, 'stopping', lambda: next(asked, False))
+  monkeypatch.setattr(train_sae, '_stopping_alone', lambda: False)  # asked after dispatches only
 
 
 def report(workdir):
