@@ -7,7 +7,8 @@ half, with whatever else the machine does. Everybody trains for equally long, an
 Batches come from the host: ours are placed while the device computes, as train.sae does.
 
 Sparsify runs twice: as shipped, where its Trainer asks for set_float32_matmul_precision('high'), and tuned, with
-'medium', which lets torch multiply float32 with other kernels (faster on AMD, as exact), and Adam(fused=True).
+'medium', which lets torch multiply float32 with other kernels (on AMD faster and as exact; on Intel with AMX it rounds
+to bfloat16), and Adam(fused=True).
 Plain torch is a step that anybody would write: torch.topk, an embedding bag, autograd, the tuned settings. On a GPU
 sparsify multiplies in bfloat16, whatever is asked; --dtype=bfloat16 lets plain torch do so too. Ours chooses
 latents in bfloat16 where that is measured to be faster, which are those of float32, and computes in float32.
