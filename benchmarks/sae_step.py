@@ -86,7 +86,8 @@ def _ours(job, pool):
   from jax_interp.sae import kernels, losses, optimizer, train_step
   from models import activation_functions, sae, sharding
 
-  jax.set_mesh(sharding.make_mesh(*job.get('mesh', (1, 1))))
+  mesh = job.get('mesh', (1, 1))
+  jax.set_mesh(sharding.make_mesh(*mesh))
   k = job['k']
   encoder, decoder, pre_bias = _start(job, pool)
   latents = 'latent d_model'
@@ -98,9 +99,9 @@ def _ours(job, pool):
     activation_functions.TopK(k),
   )
   levels = ((k, 1.0), (4 * k, 1 / 8)) if job.get('multi') else ((k, 1.0),)
-  sizes = job['n'], D, max(of for of, _ in levels)
+  sizes = job['n'] // mesh[1], D, max(of for of, _ in levels)
   how = {
-    'kernels': job.get('kernels') or kernels.fastest(*sizes),
+    'kernels': job.get('kernels') or kernels.fastest(*sizes, mesh[1], job['batch'] // mesh[0]),
     'dtype': job.get('choose_in') or kernels.fastest_dtype(*sizes),
   }
   objective = losses.TopK(levels, D // 2 if job['auxk'] else 0, dead_tokens=DEAD_TOKENS, **how)
@@ -419,6 +420,8 @@ def _sweep(job, rounds, meshes):
       'one step a call': {'steps_per_call': 1},
       'dense kernels': {'kernels': 'dense'},
       'sorted kernels': {'kernels': 'sorted'},
+      'sparse kernels': {'kernels': 'sparse'},
+      'grouped kernels': {'kernels': 'grouped'},
       'Pallas kernels (on CUDA; else sorted)': {'kernels': 'pallas'},
       'chosen in float32': {'choose_in': 'float32'},
       'chosen in bfloat16': {'choose_in': 'bfloat16'},

@@ -201,7 +201,8 @@ def _settle_kernels(settings, members, widths, path):
   Raises:
     ValueError: kernels that are not XLA's do not work on the first device.
   """
-  n_shards = jax.sharding.get_mesh().shape['model']
+  mesh = jax.sharding.get_mesh().shape
+  n_shards, n_tokens = mesh['model'], settings.batch_size // mesh['data']
   own = [member for member in members if recipes.AUTO in member.plan.settings.values()]
   sizes = lambda member: (
     member.settings.n_latents // n_shards,
@@ -225,7 +226,7 @@ def _settle_kernels(settings, members, widths, path):
 
   def measure(member):
     measured = {
-      'kernels': lambda *sizes: kernels.fastest(*sizes, n_shards),
+      'kernels': lambda *sizes: kernels.fastest(*sizes, n_shards, n_tokens // member.plan.settings['micro_batches']),
       'compute_dtype': kernels.fastest_dtype,
     }
     return {

@@ -1,10 +1,11 @@
 """What a sparse training step is made of, on one shard of latents: select_topk, decode_and_dz, sparse_update.
 
 Each works on [b, k]: the values and the indices of a token's k candidates. `sparse` reads and writes only their rows;
-`sorted` does too, and adds to them in order, which takes a GPU less than half the time and a CPU some more; `pallas`
-are kernels for CUDA, and `sorted` elsewhere; `dense` multiplies [b, latent] matrices that are 0 elsewhere. Which is
-faster is a matter of n_latents / k and of the machine, and `fastest` measures it; `fastest_dtype` measures in which
-dtype candidates are chosen faster. All give the same numbers, up to the order of sums. Kernels for another device
+`sorted` does too, and adds to them in order, which takes a GPU less than half the time and a CPU some more; `grouped`
+sums for each latent what its tokens add, on all cores of a CPU, before it adds; `pallas` are kernels for CUDA, and
+`sorted` elsewhere; `dense` multiplies [b, latent] matrices that are 0 elsewhere. Which is faster is a matter of
+n_latents / k, of tokens and of the machine, and `fastest` measures it; `fastest_dtype` measures in which dtype
+candidates are chosen faster. All give the same numbers, up to the order of sums. Kernels for another device
 belong here as another `Kernels`.
 """
 
@@ -36,6 +37,13 @@ ADD_ROWS = 1024
 # On an accelerator, numbers of a weight that are gathered together: 1 GB. TPUs write them to memory, so that the rows
 # of all candidates of 8,192 tokens would be 51 GB at d 12,288 and k 128; GPUs may, where they add them to gradients.
 ACCELERATOR_GATHERED = 2**28
+# Of tokens that are grouped by latent at a time: more a latent leave fewer slots empty, and fewer stay in the cache.
+GROUPED_ROWS = 4096
+# Tokens of a latent whose rows are summed together; 8 are slower, as more is added one after the other, and 32 are at
+# 1,024 tokens, as more slots are empty. The sums are written in blocks: XLA (jax 0.10.2) would, in one loop over all,
+# look up each token anew for every number of its row.
+SLOTS, SUMMED_ROWS = 16, 4096
+PACKED = 2**32  # what a number holds that is sorted with its place, which takes a CPU a quarter of the time
 GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, those of 1024 / k tokens
 # Candidates beyond k: some, and a share of k. What rounding may add, in standard deviations of pre-activations, grows
 # with the root of d. At d 768, with k 32 of 8,192 or 24,576 latents, as many leave no token in a thousand unproven, and
@@ -44,8 +52,12 @@ GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, t
 SPARE_CANDIDATES, SPARE_PER_K, SPARE_D = 16, 0.5, 768
 SMALLEST_NORM = 1e-11  # whose square, and those of what rounding takes off its numbers, float32 can tell from 0
 DTYPES = 'float32', 'bfloat16'  # in which candidates may be chosen
-PROBE_ROWS, PROBE_REPEATS = 1024, 3
+# Tokens of what is timed are as many as a device has in a step, up to so many that its pre-activations are 0.5 GB, so
+# that dense kernels take seconds and not minutes.
+PROBE_ROWS, PROBE_PREACTS, PROBE_REPEATS = 1024, 2**27, 3
+PROBE_STEPS = 2  # in one call, as in training; alone, on a CPU, allocating would take as long
 PROBE_TOLERANCE = 1e-3  # of the largest gradient: a thousand sums in float32 differ by far less
+HOPELESS = 2  # times as long as the fastest: what takes longer is not called again
 CLEAR_GAIN = 0.95  # of the time in float32, what bfloat16 may take at most: so most measurements agree
 
 
@@ -204,6 +216,49 @@ def _sorted_add_outers(totals_ld, values_bk, x_bd, indices_bk):
   return added_in_blocks(add_block, n_rows, totals_ld, values_bk, x_bd, indices_bk)
 
 
+def _by_latent(indices_bk, n_latents):
+  """Returns the places of the flattened indices in their order, of equal ones the first first."""
+  indices = indices_bk.reshape(-1)
+  n = len(indices)
+  if n * n_latents > PACKED:
+    return jnp.argsort(indices)
+  packed = indices.astype(jnp.uint32) * jnp.uint32(n) + jnp.arange(n, dtype=jnp.uint32)
+  return (jax.lax.sort(packed, is_stable=False) % jnp.uint32(n)).astype(jnp.int32)
+
+
+def _grouped_add_outers(totals_ld, values_bk, x_bd, indices_bk):
+  def add_block(totals_ld, values_bk, x_bd, indices_bk):
+    n_latents, k = len(totals_ld[0]), indices_bk.shape[1]
+    pairs = _by_latent(indices_bk, n_latents)
+    count_l = jnp.zeros(n_latents, jnp.int32).at[indices_bk].add(1, mode='promise_in_bounds')
+    # Every latent has a group of slots, and those of more tokens have more groups: of m, what is left over is empty.
+    n_more_l = jnp.maximum(-(-count_l // SLOTS) - 1, 0)
+    ends_l = jnp.cumsum(n_more_l)
+    more_m = jnp.arange(max(1, len(pairs) // SLOTS))
+    n_ended_m = jnp.cumsum(jnp.zeros_like(more_m).at[ends_l].add(1, mode='drop'))
+    latent_m = jnp.minimum(n_ended_m, n_latents - 1)
+    nth_m = jnp.where(more_m < ends_l[-1], 1 + more_m - _rows(ends_l - n_more_l, latent_m), len(pairs))
+    latent_g = jnp.concatenate([jnp.arange(n_latents), latent_m])
+    first_g = SLOTS * jnp.concatenate([jnp.zeros_like(count_l), nth_m])
+    place_gs = first_g[:, None] + jnp.arange(SLOTS)
+    full_gs = place_gs < _rows(count_l, latent_g)[:, None]
+    start_l = jnp.cumsum(count_l) - count_l
+    pair_gs = _rows(pairs, jnp.where(full_gs, _rows(start_l, latent_g)[:, None] + place_gs, 0))
+
+    def add(total_ld, value_bk, x_bd):
+      def summed(value_gs, token_gs):
+        terms = zip(value_gs.T, token_gs.T, strict=True)
+        return sum(value_g[:, None] * _rows(x_bd, token_g) for value_g, token_g in terms)
+
+      value_gs = jnp.where(full_gs, _rows(value_bk.reshape(-1), pair_gs), 0)
+      sums_gd = _in_blocks(summed, max(1, min(SUMMED_ROWS, len(latent_g) // 2)), value_gs, pair_gs // k)
+      return (total_ld + sums_gd[:n_latents]).at[latent_m].add(sums_gd[n_latents:], mode='promise_in_bounds')
+
+    return tuple(map(add, totals_ld, values_bk, x_bd))
+
+  return added_in_blocks(add_block, GROUPED_ROWS, totals_ld, values_bk, x_bd, indices_bk)
+
+
 def _densified(values_bk, indices_bk, n_latents):
   rows_b1 = jnp.arange(len(indices_bk))[:, None]
   dense_bl = jnp.zeros((len(indices_bk), n_latents))
@@ -248,6 +303,7 @@ _SORTED = Kernels(
 KERNELS = {
   'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers, _sparse_error_and_dot),
   'sorted': _SORTED,
+  'grouped': Kernels(_sparse_weighted_sum, _sparse_dot, _grouped_add_outers, _sparse_error_and_dot),
   'pallas': Kernels(
     _on_cuda(pallas_kernels.weighted_sum, _SORTED.weighted_sum),
     _on_cuda(pallas_kernels.dot, _SORTED.dot),
@@ -395,20 +451,27 @@ def sparse_update(
 
 
 def _seconds(runs):
-  """Returns the seconds of each function, the least of a few calls after the one that compiles."""
-  times = {name: [] for name in runs}
-  for _ in range(PROBE_REPEATS + 1):
+  """Returns the seconds of each function, the least of a few calls after the one that compiles; of slow ones, of one.
+
+  One that takes more than `HOPELESS` times as long as another is not called again.
+  """
+  for run in runs.values():
+    jax.block_until_ready(run())
+  seconds = dict.fromkeys(runs, math.inf)
+  for _ in range(PROBE_REPEATS):
+    least = min(seconds.values())
     for name, run in runs.items():
-      began = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - began)
-  return {name: min(of[1:]) for name, of in times.items()}
+      if math.isinf(least) or seconds[name] < HOPELESS * least:
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds[name] = min(seconds[name], time.perf_counter() - began)
+  return seconds
 
 
-def _probe(n_latents, d):
+def _probe(n_latents, d, n_rows=PROBE_ROWS):
   """Returns x_bd, w_ld and bias_l: random but for the first latent, which every token has, as some of trained SAEs."""
   rng = np.random.default_rng(0)
-  x_bd, w_ld = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (PROBE_ROWS, n_latents))
+  x_bd, w_ld = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (n_rows, n_latents))
   return x_bd, w_ld, jnp.zeros(n_latents).at[0].set(8 * d**0.5)  # 8 standard deviations of pre-activations
 
 
@@ -457,7 +520,7 @@ def n_looked_at(k: int, n_shards: int) -> int:
 
 
 @functools.cache
-def fastest(n_latents: int, d: int, k: int, n_shards: int = 1) -> str:
+def fastest(n_latents: int, d: int, k: int, n_shards: int = 1, n_tokens: int = PROBE_ROWS) -> str:
   """Returns the name of the kernels that are fastest on one device of this machine at these sizes, by trying them.
 
   Sparse ones move some rows a token, k of one shard and fewer of several, where dense ones multiply by all: which wins
@@ -469,16 +532,21 @@ def fastest(n_latents: int, d: int, k: int, n_shards: int = 1) -> str:
     d: their width.
     k: latents of a token, of all shards.
     n_shards: of how many this is one.
+    n_tokens: of a step, or of a micro-batch, on one device.
   """
-  x_bd, w_ld, bias_l = _probe(n_latents, d)
+  n_rows = max(1, min(n_tokens, max(PROBE_ROWS, PROBE_PREACTS // n_latents)))
+  x_bd, w_ld, bias_l = _probe(n_latents, d, n_rows)
 
   @functools.partial(jax.jit, static_argnums=0)
   def select(kernels, x_bd, w_ld, bias_l):
     return select_topk(kernels, x_bd, w_ld, bias_l, min(k, n_latents))
 
   @functools.partial(jax.jit, static_argnums=0)
-  def update(kernels, *args):
-    return jax.tree.map(jnp.sum, _update(kernels, *args))  # allocating the gradients would be most of the time
+  def update(kernels, x_bd, w_ld, values_bk, indices_bk):
+    def step(shift):  # to other latents, so that nothing is computed once for all steps
+      return jax.tree.map(jnp.sum, _update(kernels, x_bd, w_ld, values_bk, (indices_bk + shift) % n_latents))
+
+    return jax.lax.map(step, jnp.arange(PROBE_STEPS))
 
   *latents, _ = select(KERNELS['sparse'], x_bd, w_ld, bias_l)
   latents = [x_bk[:, : n_looked_at(k, n_shards)] for x_bk in latents]
@@ -494,7 +562,7 @@ def fastest(n_latents: int, d: int, k: int, n_shards: int = 1) -> str:
   if 'pallas' in names:  # they alone choose latents in a way of their own
     run_select = lambda name: lambda: select(KERNELS[name], x_bd, w_ld, bias_l)
     selecting = _seconds({name: run_select(name) for name in ('sparse', 'pallas')})
-    seconds['pallas'] += selecting['pallas'] - selecting['sparse']
+    seconds['pallas'] += PROBE_STEPS * (selecting['pallas'] - selecting['sparse'])
   return min(seconds, key=seconds.get)
 
 

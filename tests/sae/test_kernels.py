@@ -20,6 +20,9 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(kernels, 'GATHERED_ROWS', 16 * K)
   monkeypatch.setattr(kernels, 'ADD_ROWS', 32)
   monkeypatch.setattr(kernels, 'UNROLL', 8)
+  monkeypatch.setattr(kernels, 'GROUPED_ROWS', 40)
+  monkeypatch.setattr(kernels, 'SLOTS', 3)
+  monkeypatch.setattr(kernels, 'SUMMED_ROWS', 100)
 
 
 def arrays(seed=0):
@@ -49,6 +52,18 @@ def test_products_with_a_few_rows(kind, k, n_rows):
   added_ld = np.einsum('bk,bd,bkl->ld', values_bk, x_bd, one_hot(indices_bk), optimize=True)
   np.testing.assert_allclose(out_ld[0], w64 + added_ld, **TOLERANCE)
   np.testing.assert_allclose(out_ld[1], 2 * w64 - 3 * added_ld, rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('packed', [0, 2**32])
+@pytest.mark.parametrize('n_often', [0, 1, K])
+def test_groups_hold_latents_of_every_token_and_of_none(monkeypatch, packed, n_often):
+  x_bd, w_ld, values_bk, indices_bk = arrays()
+  indices_bk = (indices_bk % 7 + 9).at[:, :n_often].set(L - 1)  # most latents have no token
+  monkeypatch.setattr(kernels, 'PACKED', packed)
+  add = jax.jit(lambda *args: kernels.KERNELS['grouped'].add_outers(*args))
+  (out_ld,) = add((w_ld,), (values_bk,), (x_bd,), indices_bk)
+  added_ld = np.einsum('bk,bd,bkl->ld', values_bk, x_bd, one_hot(indices_bk), optimize=True)
+  np.testing.assert_allclose(out_ld, w_ld + added_ld, rtol=2e-5, atol=2e-4)
 
 
 @KINDS
@@ -251,7 +266,7 @@ def test_what_is_fastest_is_measured_once(fastest, known, k):
 
 @pytest.mark.parametrize(('n_shards', 'n_rows'), [(1, 40), (4, 35), (40, 13)])
 def test_kernels_are_timed_on_the_rows_a_shard_looks_at_and_the_fastest_is_chosen(monkeypatch, n_shards, n_rows):
-  seen, update, times = set(), kernels._update, {'sparse': 2.0, 'sorted': 1.0, 'dense': 3.0}
+  seen, update, times = set(), kernels._update, {'sparse': 2.0, 'sorted': 1.0, 'grouped': 4.0, 'dense': 3.0}
 
   def updating(chosen, x_bd, w_ld, values_bk, indices_bk):
     seen.add((values_bk.shape[1], indices_bk.shape[1]))

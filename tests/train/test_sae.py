@@ -700,7 +700,7 @@ def test_flops_of_a_token_are_those_of_its_products():
 def test_what_is_fastest_is_kept_for_runs_that_go_on(one_device, activations, monkeypatch, own_dtype, dtype):
   asked = itertools.count(1)
   chosen = iter(['dense', 'sparse'])
-  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k, n_shards: next(chosen))
+  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k, n_shards, n_tokens: next(chosen))
   monkeypatch.setattr(train_sae.kernels, 'fastest_dtype', lambda n_latents, d, k: 'bfloat16')
   monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
   used, train_steps = set(), train_sae.train_step.train_steps
@@ -727,9 +727,9 @@ def test_kernels_that_do_not_work_on_this_machine_are_refused(one_device, activa
   with pytest.raises(ValueError, match=r"no such card; set sae.kernels to 'sorted', in another --workdir"):
     train_sae.run(config_of(activations, kernels='pallas'), activations / 'alone')
   assert not (activations / 'alone' / 'sae' / 'fastest.json').exists()
-  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k, n_shards: 'pallas')
+  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k, n_shards, n_tokens: 'pallas')
   with pytest.raises(ValueError, match=r'no such card; delete .*stopped/sae/fastest.json, to measure anew'):
     train_sae.run(config_of(activations, kernels='auto'), activations / 'stopped')
   (activations / 'stopped' / 'sae' / 'fastest.json').unlink()
-  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k, n_shards: 'sparse')
+  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k, n_shards, n_tokens: 'sparse')
   train_sae.run(config_of(activations, kernels='auto'), activations / 'stopped')
