@@ -2,11 +2,11 @@
 
 Each works on [b, k]: the values and the indices of a token's k candidates. `sparse` reads and writes only their rows;
 `sorted` does too, and adds to them in order, which takes a GPU less than half the time and a CPU some more; `grouped`
-sums for each latent what its tokens add, on all cores of a CPU, before it adds; `pallas` are kernels for CUDA, and
+is for CPUs, and sums what the tokens of a latent add, on all cores, before it adds; `pallas` are kernels for CUDA, and
 `sorted` elsewhere; `dense` multiplies [b, latent] matrices that are 0 elsewhere. Which is faster is a matter of
 n_latents / k, of tokens and of the machine, and `fastest` measures it; `fastest_dtype` measures in which dtype
-candidates are chosen faster. All give the same numbers, up to the order of sums. Kernels for another device
-belong here as another `Kernels`.
+candidates are chosen faster. All give the same numbers, up to the order of sums. Kernels for another device belong
+here as another `Kernels`.
 """
 
 import functools
@@ -37,12 +37,12 @@ ADD_ROWS = 1024
 # On an accelerator, numbers of a weight that are gathered together: 1 GB. TPUs write them to memory, so that the rows
 # of all candidates of 8,192 tokens would be 51 GB at d 12,288 and k 128; GPUs may, where they add them to gradients.
 ACCELERATOR_GATHERED = 2**28
-# Of tokens that are grouped by latent at a time: more a latent leave fewer slots empty, and fewer stay in the cache.
+# Tokens that are grouped by latent at a time: with more of them fewer slots stay empty, but fewer stay in the cache.
 GROUPED_ROWS = 4096
-# Tokens of a latent whose rows are summed together; 8 are slower, as more is added one after the other, and 32 are at
-# 1,024 tokens, as more slots are empty. The sums are written in blocks: XLA (jax 0.10.2) would, in one loop over all,
-# look up each token anew for every number of its row.
-SLOTS, SUMMED_ROWS = 16, 4096
+# Slots of a group, tokens of a latent whose rows are summed together: 8 are slower, as more is added one after the
+# other, and 32 are at 1,024 tokens, as more slots are empty. So many groups are summed at a time: XLA (jax 0.10.2)
+# would, in one loop over all, look up each token anew for every number of its row.
+SLOTS, SUMMED_GROUPS = 16, 4096
 PACKED = 2**32  # what a number holds that is sorted with its place, which takes a CPU a quarter of the time
 GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, those of 1024 / k tokens
 # Candidates beyond k: some, and a share of k. What rounding may add, in standard deviations of pre-activations, grows
@@ -52,12 +52,13 @@ GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, t
 SPARE_CANDIDATES, SPARE_PER_K, SPARE_D = 16, 0.5, 768
 SMALLEST_NORM = 1e-11  # whose square, and those of what rounding takes off its numbers, float32 can tell from 0
 DTYPES = 'float32', 'bfloat16'  # in which candidates may be chosen
-# Tokens of what is timed are as many as a device has in a step, up to so many that its pre-activations are 0.5 GB, so
-# that dense kernels take seconds and not minutes.
-PROBE_ROWS, PROBE_PREACTS, PROBE_REPEATS = 1024, 2**27, 3
+PROBE_ROWS, PROBE_REPEATS = 1024, 3
+# What is timed has as many tokens as a device has in a step, but at most so many, and above PROBE_ROWS no more than a
+# dense product of so many multiplications allows, so that dense kernels take seconds and not minutes.
+PROBE_MOST_ROWS, PROBE_PRODUCTS = 4096, 2**37
 PROBE_STEPS = 2  # in one call, as in training; alone, on a CPU, allocating would take as long
 PROBE_TOLERANCE = 1e-3  # of the largest gradient: a thousand sums in float32 differ by far less
-HOPELESS = 2  # times as long as the fastest: what takes longer is not called again
+HOPELESS = 3  # times as long as the fastest: what takes longer is not called again
 CLEAR_GAIN = 0.95  # of the time in float32, what bfloat16 may take at most: so most measurements agree
 
 
@@ -250,8 +251,9 @@ def _grouped_add_outers(totals_ld, values_bk, x_bd, indices_bk):
         terms = zip(value_gs.T, token_gs.T, strict=True)
         return sum(value_g[:, None] * _rows(x_bd, token_g) for value_g, token_g in terms)
 
+      # An empty slot adds 0 times a token's row: one that is not finite makes all gradients NaN, and the run stops.
       value_gs = jnp.where(full_gs, _rows(value_bk.reshape(-1), pair_gs), 0)
-      sums_gd = _in_blocks(summed, max(1, min(SUMMED_ROWS, len(latent_g) // 2)), value_gs, pair_gs // k)
+      sums_gd = _in_blocks(summed, min(SUMMED_GROUPS, len(latent_g) // 2), value_gs, pair_gs // k)
       return (total_ld + sums_gd[:n_latents]).at[latent_m].add(sums_gd[n_latents:], mode='promise_in_bounds')
 
     return tuple(map(add, totals_ld, values_bk, x_bd))
@@ -532,9 +534,9 @@ def fastest(n_latents: int, d: int, k: int, n_shards: int = 1, n_tokens: int = P
     d: their width.
     k: latents of a token, of all shards.
     n_shards: of how many this is one.
-    n_tokens: of a step, or of a micro-batch, on one device.
+    n_tokens: of a step, or of a micro-batch, on one device; some thousand at most are tried.
   """
-  n_rows = max(1, min(n_tokens, max(PROBE_ROWS, PROBE_PREACTS // n_latents)))
+  n_rows = max(1, min(n_tokens, PROBE_MOST_ROWS, max(PROBE_ROWS, PROBE_PRODUCTS // (n_latents * d))))
   x_bd, w_ld, bias_l = _probe(n_latents, d, n_rows)
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -550,7 +552,10 @@ def fastest(n_latents: int, d: int, k: int, n_shards: int = 1, n_tokens: int = P
 
   *latents, _ = select(KERNELS['sparse'], x_bd, w_ld, bias_l)
   latents = [x_bk[:, : n_looked_at(k, n_shards)] for x_bk in latents]
-  names = [name for name in KERNELS if name != 'pallas']
+  names = [name for name in KERNELS if name not in ('pallas', 'grouped')]
+  # Made for a CPU; where latents have less than a token each, it would mostly sum empty slots.
+  if jax.default_backend() == 'cpu' and n_rows * n_looked_at(k, n_shards) >= n_latents:
+    names.append('grouped')
   if jax.default_backend() == 'gpu':
     try:
       check('pallas', n_latents, d, k)

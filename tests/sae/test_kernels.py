@@ -22,7 +22,7 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(kernels, 'UNROLL', 8)
   monkeypatch.setattr(kernels, 'GROUPED_ROWS', 40)
   monkeypatch.setattr(kernels, 'SLOTS', 3)
-  monkeypatch.setattr(kernels, 'SUMMED_ROWS', 100)
+  monkeypatch.setattr(kernels, 'SUMMED_GROUPS', 100)
 
 
 def arrays(seed=0):
@@ -281,6 +281,36 @@ def test_kernels_are_timed_on_the_rows_a_shard_looks_at_and_the_fastest_is_chose
   monkeypatch.setattr(kernels, '_seconds', seconds)
   assert kernels.fastest.__wrapped__(L, D, 40, n_shards) == 'sorted'
   assert seen == {(n_rows, n_rows)}
+
+
+@pytest.mark.parametrize(('n_tokens', 'n_rows'), [(5, 5), (8, 8), (16, 16), (30, 24), (100, 24)])
+@pytest.mark.parametrize('k', [4, 40])
+def test_kernels_are_timed_at_the_tokens_of_a_step_up_to_a_limit(monkeypatch, n_tokens, n_rows, k):
+  tried = {}
+  monkeypatch.setattr(kernels, 'PROBE_ROWS', 8)
+  monkeypatch.setattr(kernels, 'PROBE_PRODUCTS', 24 * L * D)
+  monkeypatch.setattr(kernels, '_update', lambda chosen, x_bd, *_: tried.update(n_rows=len(x_bd)) or x_bd)
+  monkeypatch.setattr(
+    kernels, '_seconds', lambda runs: tried.update(names={*runs}) or dict.fromkeys(runs, runs['sparse']() is None)
+  )
+  kernels.fastest.__wrapped__(L, D, k, 1, n_tokens)
+  assert tried['n_rows'] == n_rows
+  assert tried['names'] == {'sparse', 'sorted', 'dense'} | ({'grouped'} if n_rows * k >= L else set())
+
+
+def test_what_is_far_slower_is_timed_once(monkeypatch):
+  now, calls = [0.0], {'quick': 0, 'slower': 0, 'hopeless': 0}
+  takes = {'quick': 1.0, 'slower': 2.0, 'hopeless': 10.0}
+
+  def run(name):
+    calls[name] += 1
+    now[0] += takes[name] + (calls[name] == 2)  # the first that is timed
+    return jnp.zeros(())
+
+  monkeypatch.setattr(kernels.time, 'perf_counter', lambda: now[0])
+  seconds = kernels._seconds({name: lambda name=name: run(name) for name in takes})
+  assert seconds == {'quick': 1.0, 'slower': 2.0, 'hopeless': 11.0}
+  assert calls == {'quick': 4, 'slower': 4, 'hopeless': 2}
 
 
 def test_bfloat16_has_to_be_clearly_faster(monkeypatch):

@@ -700,7 +700,13 @@ def test_flops_of_a_token_are_those_of_its_products():
 def test_what_is_fastest_is_kept_for_runs_that_go_on(one_device, activations, monkeypatch, own_dtype, dtype):
   asked = itertools.count(1)
   chosen = iter(['dense', 'sparse'])
-  monkeypatch.setattr(train_sae.kernels, 'fastest', lambda n_latents, d, k, n_shards, n_tokens: next(chosen))
+  config = config_of(activations, kernels='auto', compute_dtype=own_dtype)
+
+  def fastest(n_latents, d, k, n_shards, n_tokens):
+    assert n_tokens == config.sae.batch_size
+    return next(chosen)
+
+  monkeypatch.setattr(train_sae.kernels, 'fastest', fastest)
   monkeypatch.setattr(train_sae.kernels, 'fastest_dtype', lambda n_latents, d, k: 'bfloat16')
   monkeypatch.setattr(command, 'stopping', lambda: next(asked) == 3)
   used, train_steps = set(), train_sae.train_step.train_steps
@@ -711,8 +717,8 @@ def test_what_is_fastest_is_kept_for_runs_that_go_on(one_device, activations, mo
 
   monkeypatch.setattr(train_sae.train_step, 'train_steps', train)
   with pytest.raises(command.Stopped):
-    train_sae.run(config_of(activations, kernels='auto', compute_dtype=own_dtype), activations)
-  train_sae.run(config_of(activations, kernels='auto', compute_dtype=own_dtype), activations)
+    train_sae.run(config, activations)
+  train_sae.run(config, activations)
   assert used == {('dense', dtype)}
   assert next(chosen) == 'sparse'
 
