@@ -105,7 +105,7 @@ def test_a_rate_of_0_is_the_rule():
     ('topk', {'l1_coef': 1.0}, r"sae.l1_coef means nothing to the recipe 'topk'; .* choose one of relu, relu_april"),
     ('topk', {'recipe': 'vanilla'}, "sae.recipe 'vanilla' is unknown; choose one of topk, multi_topk, batch_topk"),
     ('topk', {'normalization': 'batch'}, "sae.normalization 'batch' is unknown; choose one of none, layer_norm_std"),
-    ('topk', {'kernels': 'fast'}, "sae.kernels 'fast' is unknown; choose one of auto, sparse, sorted, grouped, pallas"),
+    ('topk', {'kernels': 'fast'}, "'fast' is unknown; choose one of auto, sparse, sorted, grouped, pallas, dense$"),
     ('relu', {'compute_dtype': 'auto'}, "sae.compute_dtype 'auto' is unknown; choose one of float32, bfloat16"),
     ('topk', {'compute_dtype': 'float16'}, "sae.compute_dtype 'float16' is unknown; choose one of auto, float32"),
     ('topk', {'k': 4096}, 'k 4096 is not within 1 and n_latents 2048'),
