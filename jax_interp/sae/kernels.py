@@ -44,7 +44,9 @@ GROUPED_ROWS = 4096
 # would, in one loop over all, look up each token anew for every number of its row.
 SLOTS, SUMMED_GROUPS = 16, 4096
 PACKED = 2**32  # what a number holds that is sorted with its place, which takes a CPU a quarter of the time
-GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, those of 1024 / k tokens
+# On a CPU, rows of a weight that are gathered together, those of 1024 / k tokens. 'grouped' gathers them twice, for the
+# error and then twice as many at once for its products: what gathers write XLA (jax 0.10.2) sums on one core (k 32).
+GATHERED_ROWS = 1024
 # Candidates beyond k: some, and a share of k. What rounding may add, in standard deviations of pre-activations, grows
 # with the root of d. At d 768, with k 32 of 8,192 or 24,576 latents, as many leave no token in a thousand unproven, and
 # half as many up to a sixth: on the benchmark's activations, in the first 48 steps. Of the demo's trained SAE and its
@@ -129,10 +131,10 @@ def _accelerator_rows(k, d):
   return min(ACCELERATOR_BLOCK_ROWS, 1 << max(0, (ACCELERATOR_GATHERED // (k * d)).bit_length() - 1))
 
 
-def _sparse_dot(x_bd, w_ld, indices_bk):
+def _sparse_dot(x_bd, w_ld, indices_bk, n_at_once=1):
   def blocked(x_bd, w_ld, indices_bk):
     dot = lambda x_bd, indices_bk: jnp.einsum('bd,bkd->bk', x_bd, _rows(w_ld, indices_bk))
-    return _in_blocks(dot, max(1, GATHERED_ROWS // indices_bk.shape[1]), x_bd, indices_bk)
+    return _in_blocks(dot, max(1, n_at_once * GATHERED_ROWS // indices_bk.shape[1]), x_bd, indices_bk)
 
   # A GPU's compiler gathers within the sum; a CPU's would do it one number at a time.
   def fused(x_bd, w_ld, indices_bk):
@@ -239,24 +241,33 @@ def _grouped_add_outers(totals_ld, values_bk, x_bd, indices_bk):
     n_ended_m = jnp.cumsum(jnp.zeros_like(more_m).at[ends_l].add(1, mode='drop'))
     latent_m = jnp.minimum(n_ended_m, n_latents - 1)
     nth_m = jnp.where(more_m < ends_l[-1], 1 + more_m - _rows(ends_l - n_more_l, latent_m), len(pairs))
-    latent_g = jnp.concatenate([jnp.arange(n_latents), latent_m])
-    first_g = SLOTS * jnp.concatenate([jnp.zeros_like(count_l), nth_m])
-    place_gs = first_g[:, None] + jnp.arange(SLOTS)
-    full_gs = place_gs < _rows(count_l, latent_g)[:, None]
     start_l = jnp.cumsum(count_l) - count_l
-    pair_gs = _rows(pairs, jnp.where(full_gs, _rows(start_l, latent_g)[:, None] + place_gs, 0))
 
-    def add(total_ld, value_bk, x_bd):
-      def summed(value_gs, token_gs):
+    def slots(first_g, count_g, start_g):
+      """Returns token_gs and, of each product, value_gs of groups whose first slot is their latent's first_g-th."""
+      place_gs = first_g[:, None] + jnp.arange(SLOTS)
+      full_gs = place_gs < count_g[:, None]
+      pair_gs = _rows(pairs, jnp.where(full_gs, start_g[:, None] + place_gs, 0))
+      # An empty slot adds 0 times a token's row: one that is not finite makes all gradients NaN, and the run stops.
+      return pair_gs // k, *(jnp.where(full_gs, _rows(value_bk.reshape(-1), pair_gs), 0) for value_bk in values_bk)
+
+    # One loop for all totals: had each its own, XLA (jax 0.10.2) would copy the encoder before every step changes it.
+    def summed(token_gs, *values_gs):
+      def of(value_gs, x_bd):
         terms = zip(value_gs.T, token_gs.T, strict=True)
         return sum(value_g[:, None] * _rows(x_bd, token_g) for value_g, token_g in terms)
 
-      # An empty slot adds 0 times a token's row: one that is not finite makes all gradients NaN, and the run stops.
-      value_gs = jnp.where(full_gs, _rows(value_bk.reshape(-1), pair_gs), 0)
-      sums_gd = _in_blocks(summed, min(SUMMED_GROUPS, len(latent_g) // 2), value_gs, pair_gs // k)
-      return (total_ld + sums_gd[:n_latents]).at[latent_m].add(sums_gd[n_latents:], mode='promise_in_bounds')
+      return tuple(map(of, values_gs, x_bd))
 
-    return tuple(map(add, totals_ld, values_bk, x_bd))
+    def add_more(totals_ld, latent_m, *slots_ms):
+      add = lambda total_ld, sum_md: total_ld.at[latent_m].add(sum_md, mode='promise_in_bounds')
+      return tuple(map(add, totals_ld, summed(*slots_ms)))
+
+    n_summed = lambda n_groups: max(1, min(SUMMED_GROUPS, n_groups // 2))
+    sums_ld = _in_blocks(summed, n_summed(n_latents), *slots(jnp.zeros_like(count_l), count_l, start_l))
+    totals_ld = tuple(map(jnp.add, totals_ld, sums_ld))
+    slots_ms = slots(SLOTS * nth_m, _rows(count_l, latent_m), _rows(start_l, latent_m))
+    return added_in_blocks(add_more, n_summed(len(more_m)), totals_ld, latent_m, *slots_ms)
 
   return added_in_blocks(add_block, GROUPED_ROWS, totals_ld, values_bk, x_bd, indices_bk)
 
@@ -296,6 +307,7 @@ def _cuda_topk(x_bc, k):
   return _on_cuda(kernel, default)(x_bc)
 
 
+_grouped_dot = functools.partial(_sparse_dot, n_at_once=2)
 _SORTED = Kernels(
   _sparse_weighted_sum,
   _sparse_dot,
@@ -305,7 +317,12 @@ _SORTED = Kernels(
 KERNELS = {
   'sparse': Kernels(_sparse_weighted_sum, _sparse_dot, _sparse_add_outers, _sparse_error_and_dot),
   'sorted': _SORTED,
-  'grouped': Kernels(_sparse_weighted_sum, _sparse_dot, _grouped_add_outers, _sparse_error_and_dot),
+  'grouped': Kernels(
+    _sparse_weighted_sum,
+    _grouped_dot,
+    _grouped_add_outers,
+    _one_after_other(_sparse_weighted_sum, _grouped_dot),
+  ),
   'pallas': Kernels(
     _on_cuda(pallas_kernels.weighted_sum, _SORTED.weighted_sum),
     _on_cuda(pallas_kernels.dot, _SORTED.dot),

@@ -167,8 +167,9 @@ def test_a_step_moves_no_pre_activations_and_sorts_nothing():
   assert 0 < largest_moved(text, {'data': 2, 'model': 2}) < B // 2 * L // 2
 
 
-def test_weights_change_in_place():
-  tx, objective = optimizer.adam(1e-3, warmup_steps=2), losses.TopK(((K, 1.0),), auxk=0)
+@pytest.mark.parametrize('kernels', ['sparse', 'grouped'])
+def test_weights_change_in_place(kernels):
+  tx, objective = optimizer.adam(1e-3, warmup_steps=2), losses.TopK(((K, 1.0),), auxk=0, kernels=kernels)
   with jax.set_mesh(sharding.make_mesh()):
     hlo = train_step.train_steps.lower(start(tx, ema=0), activations(1), tx, objective).compile().as_text()
   copied = re.findall(rf'= f32\[{L},{D}\]\S* copy\(%(\S+)\)', hlo)
