@@ -40,13 +40,11 @@ ACCELERATOR_GATHERED = 2**28
 # Tokens that are grouped by latent at a time: with more of them fewer slots stay empty, but fewer stay in the cache.
 GROUPED_ROWS = 4096
 # Slots of a group, tokens of a latent whose rows are summed together: 8 are slower, as more is added one after the
-# other, and 32 are at 1,024 tokens, as more slots are empty. So many groups are summed at a time: XLA (jax 0.10.2)
-# would, in one loop over all, look up each token anew for every number of its row.
+# other, and 32 are at 1,024 tokens, as more slots are empty. At most so many groups, and at most half of them, are
+# summed at a time: XLA (jax 0.10.2) would, in one loop over all, look up each token anew for every number of its row.
 SLOTS, SUMMED_GROUPS = 16, 4096
 PACKED = 2**32  # what a number holds that is sorted with its place, which takes a CPU a quarter of the time
-# On a CPU, rows of a weight that are gathered together, those of 1024 / k tokens. 'grouped' gathers them twice, for the
-# error and then twice as many at once for its products: what gathers write XLA (jax 0.10.2) sums on one core (k 32).
-GATHERED_ROWS = 1024
+GATHERED_ROWS = 1024  # on a CPU, rows of a weight that are gathered together, those of 1024 / k tokens
 # Candidates beyond k: some, and a share of k. What rounding may add, in standard deviations of pre-activations, grows
 # with the root of d. At d 768, with k 32 of 8,192 or 24,576 latents, as many leave no token in a thousand unproven, and
 # half as many up to a sixth: on the benchmark's activations, in the first 48 steps. Of the demo's trained SAE and its
@@ -131,10 +129,10 @@ def _accelerator_rows(k, d):
   return min(ACCELERATOR_BLOCK_ROWS, 1 << max(0, (ACCELERATOR_GATHERED // (k * d)).bit_length() - 1))
 
 
-def _sparse_dot(x_bd, w_ld, indices_bk, n_at_once=1):
+def _sparse_dot(x_bd, w_ld, indices_bk, blocks_at_once=1):
   def blocked(x_bd, w_ld, indices_bk):
     dot = lambda x_bd, indices_bk: jnp.einsum('bd,bkd->bk', x_bd, _rows(w_ld, indices_bk))
-    return _in_blocks(dot, max(1, n_at_once * GATHERED_ROWS // indices_bk.shape[1]), x_bd, indices_bk)
+    return _in_blocks(dot, max(1, blocks_at_once * GATHERED_ROWS // indices_bk.shape[1]), x_bd, indices_bk)
 
   # A GPU's compiler gathers within the sum; a CPU's would do it one number at a time.
   def fused(x_bd, w_ld, indices_bk):
@@ -240,24 +238,24 @@ def _grouped_add_outers(totals_ld, values_bk, x_bd, indices_bk):
     more_m = jnp.arange(max(1, len(pairs) // SLOTS))
     n_ended_m = jnp.cumsum(jnp.zeros_like(more_m).at[ends_l].add(1, mode='drop'))
     latent_m = jnp.minimum(n_ended_m, n_latents - 1)
-    nth_m = jnp.where(more_m < ends_l[-1], 1 + more_m - _rows(ends_l - n_more_l, latent_m), len(pairs))
+    nth_m = jnp.where(more_m < ends_l[-1], 1 + more_m - _rows(ends_l - n_more_l, latent_m), 1 + len(more_m))
     start_l = jnp.cumsum(count_l) - count_l
 
     def slots(first_g, count_g, start_g):
-      """Returns token_gs and, of each product, value_gs of groups whose first slot is their latent's first_g-th."""
+      """Returns token_gs and each total's value_gs: from the first_g-th on of count_g pairs that begin at start_g."""
       place_gs = first_g[:, None] + jnp.arange(SLOTS)
       full_gs = place_gs < count_g[:, None]
       pair_gs = _rows(pairs, jnp.where(full_gs, start_g[:, None] + place_gs, 0))
-      # An empty slot adds 0 times a token's row: one that is not finite makes all gradients NaN, and the run stops.
+      # An empty slot adds 0 times some token's row: if that is not finite gradients are NaN, and the run stops.
       return pair_gs // k, *(jnp.where(full_gs, _rows(value_bk.reshape(-1), pair_gs), 0) for value_bk in values_bk)
 
-    # One loop for all totals: had each its own, XLA (jax 0.10.2) would copy the encoder before every step changes it.
+    # One loop for all totals: had each its own, XLA (jax 0.10.2) would copy the encoder's weights at every step.
     def summed(token_gs, *values_gs):
-      def of(value_gs, x_bd):
+      def weighted(value_gs, x_bd):
         terms = zip(value_gs.T, token_gs.T, strict=True)
         return sum(value_g[:, None] * _rows(x_bd, token_g) for value_g, token_g in terms)
 
-      return tuple(map(of, values_gs, x_bd))
+      return tuple(map(weighted, values_gs, x_bd))
 
     def add_more(totals_ld, latent_m, *slots_ms):
       add = lambda total_ld, sum_md: total_ld.at[latent_m].add(sum_md, mode='promise_in_bounds')
@@ -307,7 +305,9 @@ def _cuda_topk(x_bc, k):
   return _on_cuda(kernel, default)(x_bc)
 
 
-_grouped_dot = functools.partial(_sparse_dot, n_at_once=2)
+# 'grouped' reads the decoder's rows twice, first in one loop on all cores: in `_sparse_error_and_dot` XLA (jax 0.10.2)
+# sums those of fewer than 64 latents a token on one core. For its products twice as many rows at once are faster.
+_grouped_dot = functools.partial(_sparse_dot, blocks_at_once=2)
 _SORTED = Kernels(
   _sparse_weighted_sum,
   _sparse_dot,

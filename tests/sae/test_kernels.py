@@ -54,6 +54,17 @@ def test_products_with_a_few_rows(kind, k, n_rows):
   np.testing.assert_allclose(out_ld[1], 2 * w64 - 3 * added_ld, rtol=2e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize('n_latents', [1, 2, 3, 7])
+@pytest.mark.parametrize('n_rows', [1, 2, B])
+def test_few_latents_are_summed_in_groups(n_latents, n_rows):
+  x_bd, w_ld, values_bk, indices_bk = arrays()
+  x_bd, w_ld, values_bk, indices_bk = x_bd[:n_rows], w_ld[:n_latents], values_bk[:n_rows], indices_bk[:n_rows]
+  indices_bk %= n_latents
+  (out_ld,) = jax.jit(kernels.KERNELS['grouped'].add_outers)((w_ld,), (values_bk,), (x_bd,), indices_bk)
+  added_ld = np.einsum('bk,bd,bkl->ld', values_bk, x_bd, one_hot(indices_bk)[..., :n_latents], optimize=True)
+  np.testing.assert_allclose(out_ld, w_ld + added_ld, rtol=2e-5, atol=5e-4)
+
+
 @pytest.mark.parametrize('packed', [0, 2**32])
 @pytest.mark.parametrize('n_often', [0, 1, K])
 def test_groups_hold_latents_of_every_token_and_of_none(monkeypatch, packed, n_often):
