@@ -306,7 +306,7 @@ def _cuda_topk(x_bc, k):
 
 
 # 'grouped' reads the decoder's rows twice, first in one loop on all cores: in `_sparse_error_and_dot` XLA (jax 0.10.2)
-# sums those of fewer than 64 latents a token on one core. For its products twice as many rows at once are faster.
+# sums those of 32 latents a token, unlike those of 64, on one core. For its products twice as many rows are faster.
 _grouped_dot = functools.partial(_sparse_dot, blocks_at_once=2)
 _SORTED = Kernels(
   _sparse_weighted_sum,
